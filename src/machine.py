@@ -1,0 +1,63 @@
+"""What this machine can do: precision, memory, micro-batch, the measured peak."""
+
+import math
+import time
+
+import torch
+
+import checkpoint_files
+from chunked_loss import CHUNK, PADDED_VOCAB
+
+
+def best_dtype(device: torch.device) -> str:
+    """bfloat16 where the hardware has it, float32 otherwise."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
+
+
+def training_bytes(model, dtype: torch.dtype, sequences: int) -> int:
+    """Estimate of what a process needs: weights, gradients, two moments, activations, loss."""
+    # Kept for the backward pass, in bytes per token, layer and channel, as measured on GPT-2 124M.
+    width = 50 if dtype != torch.float32 else 80
+    tokens = sequences * model.seq_len
+    activations = tokens * model.n_layer * model.n_embd * width
+    loss = min(CHUNK, tokens) * PADDED_VOCAB * 4 * 3 + 2 * PADDED_VOCAB * model.n_embd * 4
+    return 16 * model.num_params() + activations + loss
+
+
+def choose_micro_batch(model, sequences: int, device: torch.device, dtype: torch.dtype,
+                       processes: int) -> int:  # fmt: skip
+    """The largest divisor of a process' `sequences` per step whose estimate fits with headroom."""
+    sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    if device.type == "cuda":
+        budget = 0.8 * torch.cuda.mem_get_info()[0]
+    else:
+        available = checkpoint_files.available_bytes() or 8e9
+        budget = 0.5 * available / processes
+        # Beyond that a CPU gains nothing, and its caches lose.
+        sizes = [n for n in sizes if n * model.seq_len <= 4096] or [1]
+    return max((n for n in sizes if training_bytes(model, dtype, n) <= budget), default=1)
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a matrix product in this precision, in FLOP/s, measured now: what MFU refers to."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        wait_for(device)
+        start = time.perf_counter()
+        a @ b
+        wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,141 @@
+"""What a run says about itself: the plan before it, its record on disk, the last words.
+
+`run` is train_improved.Run, with every default of its configuration decided.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import machine
+
+
+def plan(run) -> str:
+    """The start-up summary: what will happen, in the order in which a person would check it."""
+    cfg, dist, data = run.cfg, run.dist, run.train_data
+    epoch_steps = data.num_tokens // cfg.total_batch_size
+    total_tokens = cfg.max_steps * cfg.total_batch_size
+    accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
+    val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
+    memory = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    files = cfg.keep_checkpoints + 2  # the best, and the one being written
+    if cfg.keep_every:
+        files += cfg.max_steps // cfg.keep_every
+    file_bytes = checkpoint_bytes(run.model)
+    if cfg.compile is None:
+        mode = "compiled" if dist.device.type == "cuda" else "eager"
+    else:
+        mode = "compiled" if cfg.compile else "eager"
+    rows = {
+        "run": cfg.run_name,
+        "model": f"{cfg.model}: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, "
+        f"context {cfg.seq_len}; {run.model.num_params():,} parameters",
+        "data": f"{cfg.data_dir}: {data.num_tokens:,} training tokens; validation on the first "
+        f"{val_windows * cfg.seq_len:,} of {run.val_data.num_tokens:,}",
+        "batch": f"{cfg.total_batch_size:,} tokens a step = {dist.world_size} process(es) x "
+        f"{accumulation} micro-batch(es) x {cfg.micro_batch_size} sequences x {cfg.seq_len} tokens",
+        "length": f"{cfg.max_steps:,} steps = {total_tokens:,} tokens = "
+        f"{total_tokens / data.num_tokens:.2f} epochs ({epoch_steps:,} steps each)",
+        "schedule": f"warm-up {cfg.warmup_steps:,} steps to {cfg.max_lr:g}, then cosine to "
+        f"{cfg.min_lr:g}",
+        "optimizer": f"AdamW, betas {cfg.beta1} and {cfg.beta2}, weight decay {cfg.weight_decay} "
+        f"on matrices, gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
+        "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}; "
+        f"about {memory / 1e9:.1f} GB of memory per process",
+        "every": f"evaluation {cfg.eval_freq}, HellaSwag "
+        f"{cfg.hellaswag_freq if run.hellaswag_items else 'off'}, samples {cfg.sample_freq}, "
+        f"histograms {cfg.histogram_freq if cfg.use_tensorboard else 'off'}, checkpoints "
+        f"{cfg.checkpoint_freq or 'at the end only'} (steps)",
+        "output": f"{Path(cfg.checkpoint_dir, cfg.run_name)} (up to {files} files of "
+        f"{file_bytes / 1e6:,.0f} MB = {files * file_bytes / 1e9:.1f} GB), "
+        f"{Path(cfg.tensorboard_dir, cfg.run_name)}",
+    }
+    return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def every_flag(cfg, given: dict) -> str:
+    """The whole configuration, one flag a line, with those that the command line gave marked."""
+    return "\n".join(
+        f"  --{name} {value}" + ("   (given)" if name in given else "")
+        for name, value in dataclasses.asdict(cfg).items()
+    )
+
+
+def checkpoint_bytes(model) -> int:
+    """Weights and two moments in float32."""
+    return 12 * model.num_params()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} thread(s)" if device.type == "cpu" else "Apple GPU"
+
+
+def store_config(run, folder: Path) -> None:
+    """FOLDER/config.json: everything that was decided, and by which versions of what."""
+    git = None
+    if shutil.which("git"):
+        here = str(Path(__file__).parent)
+        command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    record = {
+        "config": dataclasses.asdict(run.cfg),
+        "command": sys.argv,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git_revision": git,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "device": device_name(run.dist.device),
+        "world_size": run.dist.world_size,
+        "parameters": run.model.num_params(),
+        "train_tokens": run.train_data.num_tokens,
+        "data_fingerprint": run.train_data.fingerprint,
+    }
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(folder / "config.json")
+
+
+def farewell(run) -> str:
+    """How far the run came, where everything is, and what to type next."""
+    cfg, state = run.cfg, run.state
+    finished = state.step >= cfg.max_steps
+    loss = f"; validation loss {state.validation_loss:.4f}" if state.evaluated_step >= 0 else ""
+    command = "python"
+    if run.dist.world_size > 1:
+        command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
+    command += f" {os.path.relpath(Path(__file__).with_name('train_improved.py'))}"
+    command += f" --resume latest --run_name {cfg.run_name}"
+    command += " --use_tensorboard" * cfg.use_tensorboard
+    for name, default in (("checkpoint_dir", "checkpoints"), ("tensorboard_dir", "runs")):
+        if getattr(cfg, name) != default:
+            command += f" --{name} {getattr(cfg, name)}"
+    if finished:
+        command += f" --max_steps {2 * cfg.max_steps}"
+    rows = [
+        f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
+        f"after {format_seconds(state.train_seconds)} of training{loss}",
+        f"checkpoints   {Path(cfg.checkpoint_dir, cfg.run_name)}",
+    ]
+    if cfg.use_tensorboard:
+        rows.append(f"TensorBoard   {Path(cfg.tensorboard_dir, cfg.run_name)}")
+        rows.append(f"watch         tensorboard --logdir={cfg.tensorboard_dir}")
+    rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
+    return "\n".join(rows)
+
+
+def format_seconds(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

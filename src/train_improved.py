@@ -1,0 +1,1309 @@
+"""Pre-train GPT-2 from scratch on one machine or several, and watch it learn in TensorBoard.
+
+    python src/train_improved.py --use_tensorboard
+    torchrun --standalone --nproc_per_node=4 src/train_improved.py --use_tensorboard
+    python src/train_improved.py --resume latest --use_tensorboard
+
+Reads from top to bottom: configuration, model, optimizer, distributed, checkpoints, evaluation,
+monitoring, training. Mechanisms that stand alone live beside this file: data_shards.py (token
+shards, shuffle, loader), checkpoint_files.py (durable files), tensorboard_log.py (event files),
+hellaswag.py, tokenizer.py. Every default and the order of a training step are here.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import ClassVar
+
+import data_shards
+import hellaswag
+import numpy as np
+import tokenizer
+import torch
+import torch.distributed
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizer import VOCAB_SIZE
+from tqdm import tqdm
+
+import checkpoint_files
+import machine
+import run_summary
+from chunked_loss import chunked_cross_entropy, next_token_losses
+from flags import check_ranges, flag, merge, parse_flags
+from guard import Guard, GuardGaveUp, LossScale
+from supervisor import StopRequested, Supervisor
+
+# --- Configuration --------------------------------------------------------------------------------
+# The fields of Config are the flags: one place for type, default, help and unit. None means
+# "decided for you": `resolve` decides, and the start-up summary and config.json say what.
+
+PRESETS = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 128},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "seq_len": 1024},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "seq_len": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "seq_len": 1024},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "seq_len": 1024},
+}
+# The reference run (GPT-3 paper, table 2.1, for the learning rates), and a run for a laptop.
+REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4, "val_tokens": 2_097_152}
+TRAINING = {
+    "tiny": {"total_batch_size": 2048, "max_steps": 500, "max_lr": 3e-3, "val_tokens": 16_384},
+    "gpt2": REFERENCE,
+    "gpt2-medium": REFERENCE | {"max_lr": 3e-4},
+    "gpt2-large": REFERENCE | {"max_lr": 2.5e-4},
+    "gpt2-xl": REFERENCE | {"max_lr": 2e-4},
+}
+WARMUP_TOKENS = 375e6  # 715 steps of the reference run
+
+
+@dataclass
+class Config:
+    """The fields are the flags. None: decided for you, as the help says [in brackets]."""
+
+    model: str | None = flag(
+        None, "size [gpt2 on a GPU, else tiny]", group="model", choices=tuple(PRESETS)
+    )
+    n_layer: int | None = flag(None, "blocks [of the model]", least=1)
+    n_head: int | None = flag(None, "attention heads per block [of the model]", least=1)
+    n_embd: int | None = flag(None, "width, in channels [of the model]", least=1)
+    seq_len: int | None = flag(None, "context length, in tokens [of the model]", least=1)
+
+    data_dir: str | None = flag(
+        None,
+        "folder of token shards, or a mixture 'a:0.7 b:0.3' "
+        "[data/fineweb_edu_10B if prepared, else a small sample corpus]",
+        group="data",
+    )
+    allow_data_change: bool = flag(
+        False, "resume although the data is not what the checkpoint saw", resume="machine"
+    )
+    verify_data: bool = flag(False, "check each shard's SHA-256 before step 0", resume="machine")
+
+    total_batch_size: int | None = flag(
+        None,
+        "tokens per step, over all processes and micro-batches [524288; tiny 2048]",
+        group="batch and length",
+        least=1,
+    )
+    micro_batch_size: int | None = flag(
+        None,
+        "sequences per forward pass and process [the largest that fits]",
+        resume="exact",
+        least=1,
+    )
+    epochs: float | None = flag(None, "passes over the training data [5]", above=0)
+    max_steps: int | None = flag(
+        None, "steps of the whole run; wins over --epochs [from --epochs; tiny 500]", least=1
+    )
+    max_hours: float | None = flag(
+        None, "save and stop cleanly after this many hours [no limit]", resume="machine", above=0
+    )
+    seed: int = flag(1337, "of initial weights, data order and samples")
+
+    max_lr: float | None = flag(
+        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3]", group="optimizer", above=0
+    )
+    min_lr: float | None = flag(None, "learning rate of the last step [a tenth of max_lr]")
+    warmup_steps: int | None = flag(
+        None, "steps of linear warm-up [375M tokens, at most a tenth of the run]"
+    )
+    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    beta1: float = flag(0.9, "decay of AdamW's first moment")
+    beta2: float = flag(0.95, "decay of AdamW's second moment")
+    grad_clip: float = flag(1.0, "largest gradient norm applied; 0 = no clipping")
+
+    skip_spikes: bool = flag(
+        False, "skip updates whose loss is a far outlier, not only non-finite ones", group="guard"
+    )
+    spike_sigmas: float = flag(
+        6.0, "standard deviations above the last 128 losses that are far", above=0
+    )
+    max_skips: int = flag(10, "skipped updates in a row before going back to a checkpoint", least=1)
+    max_rollbacks: int = flag(3, "times to go back before giving up")
+    hang_timeout: float = flag(
+        900.0, "seconds without progress before a process gives up", resume="machine", above=0
+    )
+
+    eval_freq: int = flag(250, "steps between evaluations; 0 = off", group="evaluation")
+    val_tokens: int | None = flag(
+        None, "validation tokens read each time [2097152; tiny 16384]", least=1
+    )
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq]")
+    hellaswag_file: str = flag(hellaswag.DEFAULT_FILE, "HellaSwag items as JSON lines")
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq]")
+    sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from")
+    sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]", least=1)
+    num_samples: int = flag(2, "samples each time", least=1)
+
+    run_name: str | None = flag(
+        None, "of the run's folders [model and time]", group="output", resume="machine"
+    )
+    use_tensorboard: bool = flag(False, "log to TensorBoard", resume="machine")
+    tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME", resume="machine")
+    histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off")
+    checkpoint_dir: str = flag(
+        "checkpoints", "checkpoints go to this folder/RUN_NAME", resume="machine"
+    )
+    checkpoint_freq: int = flag(250, "steps between checkpoints; 0 = only at the end")
+    keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one", least=1)
+    keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off")
+    resume: str | None = flag(
+        None, "latest, auto (fresh if there is none) or a checkpoint's path", resume="machine"
+    )
+
+    device: str | None = flag(
+        None, "cuda, cpu or mps [the best there is]", group="machine", resume="machine"
+    )
+    dtype: str = flag(
+        "auto",
+        "precision of products; auto is bfloat16 where the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        resume="exact",
+    )
+    compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume="machine")
+    dry_run: bool = flag(False, "print the whole plan and stop", resume="machine")
+
+
+def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: int):
+    """Flags over checkpoint over defaults -> (Config, sentences that say what changed).
+
+    ValueError for a flag that asks for another model than the checkpoint holds.
+    """
+    if checkpoint is None:
+        return merge(Config, given, None, False, set())
+    saved, made_on = checkpoint["config"], checkpoint["machine"]
+    preset = PRESETS.get(given.get("model"), saved)
+    for name in ("n_layer", "n_head", "n_embd", "seq_len"):
+        if given.get(name, preset[name]) != saved[name]:
+            raise ValueError(
+                f"--{name} {given.get(name, preset[name])} does not fit the checkpoint, whose "
+                f"model has {name} {saved[name]}: leave --model and --{name} out, or start anew"
+            )
+    # A value that was derived is derived again when what it came from is given anew.
+    derived_from = {
+        "max_steps": {"epochs", "total_batch_size", "data_dir"},
+        "min_lr": {"max_lr"},
+    }
+    asked = set(checkpoint["asked"])
+    stale = {n for n, sources in derived_from.items() if n not in asked and sources & set(given)}
+    same_machine = made_on == {"device_type": device, "world_size": world_size}
+    return merge(Config, given, saved, same_machine, stale)
+
+
+def resolve_model(cfg: Config, device: str) -> None:
+    """Fill in what follows from the model's size and the device."""
+    cfg.model = cfg.model or ("gpt2" if device == "cuda" else "tiny")
+    for name, value in (PRESETS[cfg.model] | TRAINING[cfg.model]).items():
+        if getattr(cfg, name) is None and not (name == "max_steps" and cfg.epochs is not None):
+            setattr(cfg, name, value)
+    cfg.hellaswag_freq = cfg.eval_freq if cfg.hellaswag_freq is None else cfg.hellaswag_freq
+    cfg.sample_freq = cfg.eval_freq if cfg.sample_freq is None else cfg.sample_freq
+    cfg.min_lr = 0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr
+    if cfg.sample_tokens is None:
+        prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
+        cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
+
+
+def resolve_length(cfg: Config, train_tokens: int) -> None:
+    """Fill in what follows from the amount of data."""
+    if cfg.max_steps is None:
+        cfg.max_steps = int(cfg.epochs * (train_tokens // cfg.total_batch_size))
+        if cfg.max_steps == 0:
+            raise ValueError(
+                f"--epochs {cfg.epochs:g}: {train_tokens:,} training tokens are less than one step "
+                f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
+            )
+    if cfg.warmup_steps is None:
+        cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), cfg.max_steps // 10)
+
+
+def validate(cfg: Config, world_size: int) -> None:
+    """ValueError for what cannot work: the flag, its value and the fix. None is not decided yet."""
+    check_ranges(cfg)
+
+    def need(ok: bool, name: str, what: str):
+        if not ok:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: {what}")
+
+    need(cfg.beta1 < 1, "beta1", "must be below 1")
+    need(cfg.beta2 < 1, "beta2", "must be below 1")
+    need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
+    need(cfg.min_lr <= cfg.max_lr, "min_lr", f"must not be above --max_lr {cfg.max_lr:g}")
+    prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
+    need(prompt > 0, "sample_prompt", "must not be empty")
+    need(
+        prompt + cfg.sample_tokens <= cfg.seq_len or cfg.sample_freq == 0,
+        "sample_tokens",
+        f"with the prompt's {prompt} does not fit into --seq_len {cfg.seq_len}",
+    )
+    need(cfg.val_tokens >= cfg.seq_len, "val_tokens", f"is less than one --seq_len {cfg.seq_len}")
+    micro = cfg.micro_batch_size or 1
+    unit = cfg.seq_len * world_size * micro
+    nearest = max(unit, round(cfg.total_batch_size / unit) * unit)
+    need(
+        cfg.total_batch_size % unit == 0,
+        "total_batch_size",
+        f"must be a multiple of {unit} = {cfg.seq_len} tokens x {world_size} process(es) x "
+        f"micro-batch {micro}; the nearest is {nearest}",
+    )
+    if cfg.max_steps is not None and cfg.warmup_steps is not None:
+        fits = cfg.warmup_steps <= cfg.max_steps
+        need(fits, "warmup_steps", f"is more than the run's {cfg.max_steps} steps")
+
+
+# --- Model ----------------------------------------------------------------------------------------
+# GPT-2 as published (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, biases,
+# tied embeddings. Parameter names are those of Hugging Face's GPT2LMHeadModel; linear weights are
+# nn.Linear's (out, in), the transpose of Hugging Face's Conv1D.
+# Shapes: B sequences, T positions, C = n_embd, V = vocabulary, N = B*T tokens.
+
+
+class KVCache:
+    """Keys and values of earlier positions, for sampling: (layer, B, head, T, C/head)."""
+
+    def __init__(self, model: "GPT", batch_size: int, dtype: torch.dtype):
+        shape = (
+            model.n_layer,
+            batch_size,
+            model.n_head,
+            model.seq_len,
+            model.n_embd // model.n_head,
+        )
+        device = model.transformer.wte.weight.device
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0  # positions filled so far
+
+
+class Attention(nn.Module):
+    def __init__(self, n_embd: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd)  # query, key and value in one product
+        self.c_proj = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x, mask=None, cache: KVCache | None = None, layer: int = 0):
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        causal = mask is None
+        if cache is not None:
+            start, end = cache.length, cache.length + T
+            cache.k[layer, :, :, start:end], cache.v[layer, :, :, start:end] = k, v
+            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]
+            assert T == 1 or start == 0, (
+                "after the prompt the cache grows by one position at a time"
+            )
+            causal = start == 0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, n_embd: int, n_head: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd)
+        self.attn = Attention(n_embd, n_head)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.mlp = MLP(n_embd)
+
+    def forward(self, x, mask=None, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), mask, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2: ids (B, T) -> features (B, T, C) -> logits (..., V), or the mean loss in training."""
+
+    def __init__(self, n_layer: int, n_head: int, n_embd: int, seq_len: int):
+        super().__init__()
+        self.n_layer, self.n_head, self.n_embd, self.seq_len = n_layer, n_head, n_embd, seq_len
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(VOCAB_SIZE, n_embd),
+                "wpe": nn.Embedding(seq_len, n_embd),
+                "h": nn.ModuleList([Block(n_embd, n_head) for _ in range(n_layer)]),
+                "ln_f": nn.LayerNorm(n_embd),
+            }
+        )
+        self.lm_head = nn.Linear(n_embd, VOCAB_SIZE, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                # Two additions to the residual stream per layer: scaled so that its variance at
+                # the output does not grow with depth (GPT-2 paper, section 2.3).
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02)
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Forward and backward, 6 per weight of a product plus attention (PaLM, appendix B)."""
+        positions = self.transformer.wpe.weight.numel()  # looked up, not multiplied
+        return 6 * (self.num_params() - positions) + 12 * self.n_layer * self.n_embd * self.seq_len
+
+    def features(self, idx_BT, positions=None, mask=None, cache: KVCache | None = None):
+        """Final hidden states (B, T, C), to be given to `logits` or to a loss.
+
+        `mask` (True = may look) and `positions` (B, T) replace the causal mask and 0..T-1;
+        with `cache` the ids continue what the cache holds.
+        """
+        start = cache.length if cache is not None else 0
+        T = idx_BT.shape[1]
+        assert positions is not None or start + T <= self.seq_len, (start, T, self.seq_len)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=idx_BT.device)
+        x = self.transformer.wte(idx_BT) + self.transformer.wpe(positions)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def logits(self, x):
+        """(..., C) -> (..., V) in float32."""
+        return self.lm_head(x).float()
+
+    def forward(self, idx_BT, targets_BT):
+        """Mean cross-entropy of the next token, in nats, as a float32 scalar."""
+        x_NC = self.features(idx_BT).view(-1, self.n_embd)
+        return chunked_cross_entropy(x_NC, self.lm_head.weight, targets_BT.reshape(-1))
+
+
+# --- Optimizer ------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Of update `step` (from 1): linear from 0 to max_lr, then a cosine to min_lr at max_steps."""
+    if step <= cfg.warmup_steps:
+        return cfg.max_lr * step / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (
+        cfg.max_lr - cfg.min_lr
+    )
+
+
+def make_optimizer(model: GPT, cfg: Config) -> torch.optim.AdamW:
+    """AdamW with decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
+    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+
+
+# --- Distributed ----------------------------------------------------------------------------------
+
+
+class Distributed:
+    """This process among the others, as torchrun's (or Slurm's) environment says; alone without."""
+
+    def __init__(self, device: str | None, hang_timeout: float):
+        env = os.environ
+        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        self.local_rank = int(env.get("LOCAL_RANK", 0))
+        self.is_main = self.rank == 0
+        self.device = self._choose(device)
+        self.store = None
+        if "RANK" in env and self.world_size > 1:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
+            torch.distributed.init_process_group(backend, timeout=timeout)
+            self.store = torch.distributed.distributed_c10d._get_default_store()
+
+    def _choose(self, name: str | None) -> torch.device:
+        if name is None:
+            name = "cpu"
+            if torch.cuda.is_available():
+                name = "cuda"
+            elif torch.backends.mps.is_available() and self.world_size == 1:
+                name = "mps"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(
+                f"--device {name}: is no device of PyTorch; use cuda, cpu or mps"
+            ) from None
+        there = {
+            "cpu": 1,
+            "cuda": torch.cuda.device_count(),
+            "mps": torch.backends.mps.is_available(),
+        }
+        index = self.local_rank if device.index is None else device.index
+        if not there.get(device.type) or (device.type == "cuda" and index >= there["cuda"]):
+            raise ValueError(
+                f"--device {name}: not available to process {self.local_rank} here, PyTorch "
+                f"{torch.__version__} sees {there['cuda']} CUDA device(s); use --device cpu, or "
+                "fewer processes"
+            )
+        if device.type != "cuda":
+            return device
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Over all processes, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def on_main(self, function):
+        """The plain value that `function` returns on rank 0, and its ValueError, on every rank."""
+        value = error = None
+        if self.is_main:
+            try:
+                value = function()
+            except ValueError as e:
+                error = str(e)
+        if self.world_size > 1:
+            box = [value, error]
+            torch.distributed.broadcast_object_list(box, src=0)
+            value, error = box
+        if error is not None:
+            raise ValueError(error)
+        return value
+
+    def leave(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """All that a resume needs beside weights, optimizer and random numbers; plain values only."""
+
+    step: int = 0  # finished updates
+    position: int = 0  # windows of training data consumed
+    evaluated_step: int = -1  # last step whose evaluation is complete and logged
+    validation_loss: float = math.inf  # of the last evaluation
+    best_loss: float = math.inf
+    best_saved_loss: float = math.inf  # of the checkpoint that is kept as the best
+    best_saved_step: int = -1
+    hellaswag: float = -1.0  # accuracy at the last evaluation, -1 = never scored
+    recent_losses: list = dataclasses.field(default_factory=list)  # the guard's window
+    consecutive_skips: int = 0
+    skipped_updates: int = 0
+    rollbacks: int = 0
+    train_seconds: float = 0.0  # in training steps, over all restarts
+    total_seconds: float = 0.0  # since the very first start, while a process was running
+
+
+def checkpoint_of(run: "Run") -> dict:
+    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True."""
+    rng = {"cpu": torch.get_rng_state()}
+    if run.dist.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state()
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "step": run.state.step,
+        "config": dataclasses.asdict(run.cfg),
+        "asked": sorted(run.asked),
+        "state": dataclasses.asdict(run.state),
+        "rng": rng,
+        "loss_scale": [run.loss_scale.scale, run.loss_scale.good_steps],
+        "data": {"fingerprint": run.train_data.fingerprint, "tokens": run.train_data.num_tokens},
+        "tokenizer": tokenizer.fingerprint(),
+        "machine": {"device_type": run.dist.device.type, "world_size": run.dist.world_size},
+        "run_name": run.cfg.run_name,
+    }
+
+
+def restore(run: "Run", checkpoint: dict) -> None:
+    """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
+    run.model.load_state_dict(checkpoint["model"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, decay in zip(run.optimizer.param_groups, (run.cfg.weight_decay, 0.0), strict=True):
+        group |= {"weight_decay": decay, "betas": (run.cfg.beta1, run.cfg.beta2)}
+    device = run.dist.device
+    run.loss_scale.scale, run.loss_scale.good_steps = (
+        t.to(device) for t in checkpoint["loss_scale"]
+    )
+    torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in checkpoint["rng"]:
+        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
+    for name, value in checkpoint["state"].items():
+        setattr(run.state, name, value)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
+    checkpoint = checkpoint_files.load(path)
+    expected = {"model", "optimizer", "step", "config", "state", "data", "machine", "tokenizer"}
+    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of this program: start from another file")
+    if checkpoint["tokenizer"] != tokenizer.fingerprint():
+        raise ValueError(
+            f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
+            f"{tokenizer.fingerprint()}: its token ids would mean other text"
+        )
+    return checkpoint
+
+
+def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> Path | None:
+    """The file that --resume means, or None: for auto, where there is nothing to resume."""
+    if resume not in ("latest", "auto"):
+        return Path(resume)
+    path, skipped = None, []
+    if run_name is not None:
+        path, skipped = checkpoint_files.find_latest(checkpoint_dir / run_name)
+    # Under auto a named run that has no checkpoint yet starts fresh: a restart is not a transfer.
+    if path is None and not (resume == "auto" and run_name is not None):
+        path, more = checkpoint_files.find_latest_anywhere(checkpoint_dir)
+        skipped += [entry for entry in more if entry not in skipped]
+    for bad, reason in skipped:
+        print(f"skipped {bad}: {reason}", file=sys.stderr)
+    if path is None and resume == "latest":
+        raise ValueError(
+            f"--resume latest: no valid checkpoint under {checkpoint_dir}; leave --resume out to "
+            "start a new run, or use --resume auto in scripts"
+        )
+    return path
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+# All of it runs the plain model, never the compiled one, and draws from generators of its own:
+# training goes on with the same numbers whether or not it was evaluated.
+
+
+def validation_loss(run: "Run") -> float:
+    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order."""
+    cfg, dist = run.cfg, run.dist
+    num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
+    mine = np.arange(dist.rank, num_windows, dist.world_size)
+    batch_size = max(1, EVAL_TOKENS // cfg.seq_len)
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(mine), batch_size):
+        run.poll()
+        windows = run.val_data.windows_in_order(mine[start : start + batch_size])
+        batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
+        with torch.inference_mode(), run.autocast():
+            x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
+            targets = batch[:, 1:].reshape(-1)
+            losses = next_token_losses(x_NC, run.model.lm_head.weight, targets)
+        total += losses.double().sum().cpu()
+    return float(dist.sum(total)) / (num_windows * cfg.seq_len)
+
+
+EVAL_TOKENS = 16_384  # of a forward pass without gradients
+
+
+def hellaswag_accuracy(run: "Run") -> float:
+    """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
+    mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
+    results = hellaswag.score(
+        run.model, mine, batch_tokens=EVAL_TOKENS, autocast=run.autocast, poll=run.poll
+    )
+    correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
+    correct, total = run.dist.sum(correct).tolist()
+    return correct / total
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt: list[int],
+    count: int,
+    max_tokens: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    poll: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """`count` continuations of a prompt, each ended by <|endoftext|> or after max_tokens tokens."""
+    device = model.lm_head.weight.device
+    cache = KVCache(model, count, dtype)
+    idx = torch.tensor([prompt], device=device).expand(count, -1)
+    tokens = []
+    for _ in range(max_tokens):
+        poll()
+        logits = model.logits(model.features(idx, cache=cache)[:, -1]) / temperature
+        threshold = logits.topk(min(top_k, VOCAB_SIZE)).values[:, -1:]
+        probs = F.softmax(logits.masked_fill(logits < threshold, -math.inf), dim=-1)
+        idx = torch.multinomial(probs, 1, generator=generator)
+        tokens.append(idx)
+    rows = torch.cat(tokens, dim=1).tolist()
+    return [row[: row.index(tokenizer.EOT)] if tokenizer.EOT in row else row for row in rows]
+
+
+def samples(run: "Run") -> list[str]:
+    """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
+    cfg, enc = run.cfg, tokenizer.get_tokenizer()
+    generator = torch.Generator(run.dist.device).manual_seed(cfg.seed + run.state.step)
+    with run.autocast():
+        rows = generate(
+            run.model, enc.encode_ordinary(cfg.sample_prompt), cfg.num_samples, cfg.sample_tokens,
+            generator, dtype=run.dtype, poll=run.poll,
+        )  # fmt: skip
+    return [cfg.sample_prompt + enc.decode(row) for row in rows]
+
+
+# --- Monitoring -----------------------------------------------------------------------------------
+
+
+class Monitor:
+    """The console and TensorBoard behind one object: every tag and every line of output is here.
+
+    Does nothing on ranks other than 0.
+    """
+
+    # Groups and charts of the custom-scalars tab.
+    LAYOUT: ClassVar = {
+        "Training": {
+            "Loss": ["Loss/train", "Loss/validation"],
+            "Learning rate": ["Learning_Rate/lr"],
+        },
+        "Stability": {
+            "Gradient norm": ["Gradient/norm", "Gradient/norm_unclipped"],
+            "Skipped updates and roll-backs": ["Training/skipped_updates", "Training/rollbacks"],
+        },
+        "Speed": {
+            "Tokens per second": ["Performance/tokens_per_sec"],
+            "Step time (ms)": ["Performance/step_time_ms"],
+            "MFU": ["Performance/mfu"],
+        },
+        "Evaluation": {"HellaSwag": ["Evaluation/hellaswag_accuracy"]},
+    }
+    METRICS = ("Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy")
+    LINE_EVERY = 10  # steps between lines where there is no progress bar
+
+    def __init__(self, run: "Run", peak_flops: float):
+        cfg, state = run.cfg, run.state
+        self.cfg, self.active, self.peak_flops = cfg, run.dist.is_main, peak_flops
+        self.lines_from, self.log, self.bar = state.step, None, None
+        if not self.active:
+            return
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
+            )
+        if cfg.use_tensorboard:
+            import tensorboard_log  # not loaded without the flag
+
+            self.folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+            self.new_log = tensorboard_log.TensorBoardLog
+            # A step whose evaluation a stop cut short is evaluated again, so it is logged again.
+            self.log = self.new_log(self.folder, state.step + 1 if state.step else 0, self.say)
+            charts = {
+                group: {title: ["Multiline", tags] for title, tags in charts.items()}
+                for group, charts in self.LAYOUT.items()
+            }
+            self.log.layout(charts)
+            self.log.hparams(dataclasses.asdict(cfg), list(self.METRICS))
+
+    def say(self, text: str) -> None:
+        if self.active:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        if self.log is not None:
+            self.log.scalars(values, step)
+
+    def step(
+        self, run: "Run", loss: float, norm: float, bad: bool, lr: float, seconds: float
+    ) -> None:
+        """One finished step."""
+        cfg, state = self.cfg, run.state
+        if not self.active:
+            return
+        rate = cfg.total_batch_size / seconds
+        mfu = rate * run.model.flops_per_token() / (self.peak_flops * run.dist.world_size)
+        left = (cfg.max_steps - state.step) * seconds
+        applied = min(norm, cfg.grad_clip) if cfg.grad_clip and not math.isnan(norm) else norm
+        values = {
+            "Loss/train": loss,
+            "Learning_Rate/lr": lr,
+            "Gradient/norm": 0.0 if bad else applied,
+            "Gradient/norm_unclipped": norm,
+            "Performance/step_time_ms": 1000 * seconds,
+            "Performance/tokens_per_sec": rate,
+            "Performance/mfu": mfu,
+            "Performance/eta_hours": left / 3600,
+            "Performance/goodput": state.train_seconds / max(state.total_seconds, 1e-9),
+            "Training/epoch": state.position / run.train_data.num_windows,
+            "Training/tokens": state.step * cfg.total_batch_size,
+            "Training/skipped_updates": state.skipped_updates,
+            "Training/rollbacks": state.rollbacks,
+        }
+        if run.dist.device.type == "cuda":
+            values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.scalars(values, state.step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s", refresh=False
+            )
+            self.bar.update(state.step - self.bar.n)
+        elif state.step % self.LINE_EVERY == 0 or state.step - self.lines_from <= 3:
+            self.say(
+                f"step {state.step:>5}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} "
+                f"| norm {norm:.2f} | {1000 * seconds:,.0f} ms | {rate:,.0f} tok/s "
+                f"| {run_summary.format_seconds(left)} left"
+            )
+
+    def evaluation(self, run: "Run", texts: list[str], seconds: float) -> None:
+        """What `evaluate` found at this step; texts are the samples."""
+        state, cfg, line = run.state, self.cfg, []
+        values = {}
+        if due(cfg.eval_freq, state, cfg):
+            values["Loss/validation"] = state.validation_loss
+            values["Loss/validation_best"] = state.best_loss
+            line.append(f"validation loss {state.validation_loss:.4f}")
+        if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
+            values["Evaluation/hellaswag_accuracy"] = state.hellaswag
+            line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
+        self.scalars(values, state.step)
+        if line:
+            self.say(f"step {state.step:>5}: {', '.join(line)} ({seconds:.1f} s)")
+        for text in texts:
+            self.say(f"step {state.step:>5} sample: {text!r}")
+        if self.log is not None and texts:
+            self.log.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
+
+    def histograms(self, model: GPT, step: int) -> None:
+        """Of every weight and of its gradient as it was applied."""
+        if self.log is not None:
+            tensors = {}
+            for name, p in model.named_parameters():
+                tensors[f"Parameters/{name}"] = p.detach()
+                if p.grad is not None:
+                    tensors[f"Gradients/{name}"] = p.grad
+            self.log.histograms(tensors, step)
+
+    def rewind(self, first_step: int) -> None:
+        """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""
+        if self.log is not None:
+            self.log.close()
+            self.log = self.new_log(self.folder, first_step, self.say)
+        if self.bar is not None:
+            self.bar.n = first_step - 1
+
+    def flush(self) -> None:
+        if self.log is not None:
+            self.log.flush()
+
+    def close(self, finished: bool) -> None:
+        if self.log is not None:
+            if finished:
+                self.log.hparams_end()
+            self.log.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the parts of a run share."""
+
+    cfg: Config
+    asked: set[str]  # names of the flags that were given, now or when the run began
+    dist: Distributed
+    train_data: data_shards.WindowSource
+    val_data: data_shards.WindowSource
+    hellaswag_items: list
+    dtype: torch.dtype
+    model: GPT | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    loss_scale: LossScale | None = None
+    state: TrainState = dataclasses.field(default_factory=TrainState)
+    resumed_from: Path | None = None
+    checkpoint_folder: Path | None = None
+    locks: list = dataclasses.field(default_factory=list)  # held as long as the run
+    poll: Callable[[], None] = lambda: None  # called often: notices signals, may raise
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.dist.device.type, self.dtype)
+
+
+def due(freq: int, state: TrainState, cfg: Config) -> bool:
+    """Every `freq` steps, at step 0, and at the end; never if freq is 0."""
+    return freq > 0 and (state.step % freq == 0 or state.step == cfg.max_steps)
+
+
+def evaluation_due(state: TrainState, cfg: Config) -> bool:
+    """Whether this step number has an evaluation that is not complete yet."""
+    freqs = (cfg.eval_freq, cfg.hellaswag_freq, cfg.sample_freq)
+    return state.evaluated_step != state.step and any(due(freq, state, cfg) for freq in freqs)
+
+
+def evaluate(run: Run, monitor: Monitor) -> None:
+    """All that is due at this step number, logged together when it is complete."""
+    cfg, state, start = run.cfg, run.state, time.monotonic()
+    texts = []
+    if due(cfg.eval_freq, state, cfg):
+        state.validation_loss = validation_loss(run)
+    if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
+        state.hellaswag = hellaswag_accuracy(run)
+    if due(cfg.sample_freq, state, cfg):
+        texts = samples(run)
+    if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
+        state.best_loss = state.validation_loss
+    monitor.evaluation(run, texts, time.monotonic() - start)
+    state.evaluated_step = state.step
+
+
+def forward_backward(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
+    """Gradients of one step's mean loss over all micro-batches and ranks -> that loss, (), fp32.
+
+    batch (sequences, T+1) is this rank's share. Gradients are synchronised once, in the last
+    backward pass, while it runs.
+    """
+    run.optimizer.zero_grad(set_to_none=True)
+    micro_batches = batch.split(run.cfg.micro_batch_size)
+    mean_loss = torch.zeros((), device=batch.device)
+    for i, micro in enumerate(micro_batches):
+        run.poll()
+        local = run.dist.world_size > 1 and i + 1 < len(micro_batches)
+        with train_model.no_sync() if local else contextlib.nullcontext():
+            with run.autocast():
+                loss = train_model(micro[:, :-1], micro[:, 1:]) / len(micro_batches)
+            (loss * run.loss_scale.scale).backward()
+        mean_loss += loss.detach()
+    return run.dist.sum(mean_loss) / run.dist.world_size
+
+
+def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Supervisor) -> None:
+    """The loop. Returns when the run is complete; StopRequested when it must end before that."""
+    cfg, state, optimizer, folder = run.cfg, run.state, run.optimizer, run.checkpoint_folder
+    params = list(run.model.parameters())
+    guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
+    pending = None  # the last step's metrics, still on their way from the device
+    saved = (state.step, state.evaluated_step)
+    mark = time.monotonic()
+
+    def settle():
+        """Read the pending metrics: the one place where the host waits for the device, one step
+        late, when the next step's work is already queued."""
+        nonlocal pending, mark
+        if pending is None:
+            return
+        (values, arrived, lr, limit, first_window), pending = pending, None
+        if arrived is not None:
+            arrived.synchronize()
+        loss, norm, bad = values.tolist()
+        now = time.monotonic()
+        seconds, mark = now - mark, now
+        state.train_seconds += seconds
+        state.total_seconds += seconds
+        report = guard.observe(loss, bool(bad), limit)
+        if report:
+            windows = f"windows {first_window:,} to {state.position - 1:,} of the data order"
+            monitor.say(f"WARNING step {state.step}: {report}; {windows}")
+        monitor.step(run, loss, norm, bool(bad), lr, seconds)
+
+    def pause():
+        """Call after anything that is not training, so that step times do not contain it."""
+        nonlocal mark
+        now = time.monotonic()
+        state.total_seconds += now - mark
+        mark = now
+
+    def save():
+        nonlocal saved
+        settle()
+        if saved == (state.step, state.evaluated_step) or not run.dist.is_main:
+            return
+        if state.consecutive_skips and not all(p.isfinite().all() for p in params):
+            monitor.say(f"WARNING step {state.step}: weights are not finite, no checkpoint written")
+            return
+        if state.evaluated_step == state.step and state.validation_loss < state.best_saved_loss:
+            state.best_saved_loss, state.best_saved_step = state.validation_loss, state.step
+        monitor.flush()
+        pause()
+        evaluated = state.evaluated_step == state.step and due(cfg.eval_freq, state, cfg)
+        saver.save(
+            checkpoint_files.step_path(folder, state.step),
+            checkpoint_of(run),
+            info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
+            on_done=lambda best=state.best_saved_step: checkpoint_files.retain(
+                folder, cfg.keep_checkpoints, cfg.keep_every, best
+            ),
+        )
+        saved = (state.step, state.evaluated_step)
+        pause()
+
+    def poll():
+        supervisor.poll()
+        if supervisor.take_save_request():
+            monitor.say(f"step {state.step:>5}: SIGUSR1, saving")
+            save()
+
+    run.poll = poll
+    try:
+        while True:
+            # What is due at this step number. Evaluation comes first: a checkpoint knows its loss.
+            if evaluation_due(state, cfg):
+                settle()
+                pause()
+                evaluate(run, monitor)
+                pause()
+            if state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg):
+                save()
+            if state.step >= cfg.max_steps:
+                settle()
+                return
+
+            # A step: batch, gradients, then (while the device works) the previous step's metrics.
+            try:
+                batch = loader.next_batch(run.poll)
+            except ValueError as error:  # a shard went bad under us: keep the work, name the shard
+                raise StopRequested(2, str(error)) from None
+            loss = forward_backward(run, train_model, batch)
+            settle()
+            if state.consecutive_skips >= cfg.max_skips:
+                roll_back(run, loader, saver, monitor)
+                saved, mark = (state.step, state.evaluated_step), time.monotonic()
+                continue
+
+            # Clip, judge, update. `found_inf` makes the fused kernel leave weights and moments
+            # alone where the verdict is bad: no host round-trip, the same on all ranks.
+            grads = [p.grad for p in params]
+            run.loss_scale.unscale(grads)
+            norm = nn.utils.get_total_norm(grads)
+            if cfg.grad_clip:
+                nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
+            limit, lr = guard.limit(), learning_rate(state.step + 1, cfg)
+            bad = guard.is_bad(loss, norm, limit)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.found_inf = bad.float()
+            optimizer.step()
+            run.loss_scale.update(bad)
+
+            state.step += 1
+            first_window = state.position
+            state.position = loader.position
+            values = torch.stack([loss, norm, bad.float()])
+            arrived = None
+            if values.is_cuda:
+                values = values.to("cpu", non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record()
+            pending = (values, arrived, lr, limit, first_window)
+            if arrived is None:
+                settle()  # nothing runs behind the host's back
+            if due(cfg.histogram_freq, state, cfg) or (cfg.histogram_freq and state.step == 1):
+                settle()
+                monitor.histograms(run.model, state.step)
+                pause()
+    except StopRequested:
+        save()
+        raise
+
+
+def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
+    """Back to the last good checkpoint's weights, on from the data after the bad stretch."""
+    state, cfg, folder = run.state, run.cfg, run.checkpoint_folder
+    story = (
+        f"{state.consecutive_skips} updates in a row were skipped up to step {state.step} "
+        f"(--max_skips {cfg.max_skips})"
+    )
+    if state.rollbacks >= cfg.max_rollbacks:
+        raise GuardGaveUp(
+            f"{story}, after going back {state.rollbacks} times (--max_rollbacks). The checkpoints "
+            f"in {folder} are good. Look at Gradient/norm_unclipped before step {state.step}; a "
+            "lower --max_lr or --dtype float32 are the usual remedies."
+        )
+    saver.wait()
+    path = run.dist.on_main(lambda: checkpoint_files.find_latest(folder)[0]) or run.resumed_from
+    if path is None:
+        raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
+    kept = {
+        name: getattr(state, name) for name in ("skipped_updates", "train_seconds", "total_seconds")
+    }
+    kept |= {"rollbacks": state.rollbacks + 1, "position": loader.position, "consecutive_skips": 0}
+    restore(run, load_checkpoint(path))
+    for name, value in kept.items():
+        setattr(state, name, value)
+    loader.seek(state.position)
+    monitor.say(f"WARNING {story}: back to {path}, on from data window {state.position:,}")
+    monitor.rewind(state.step + 1)
+
+
+# --- Set-up ---------------------------------------------------------------------------------------
+
+FINEWEB_DIR, SAMPLE_DIR = "data/fineweb_edu_10B", "data/sample"
+
+
+def default_data(dist: Distributed) -> str:
+    """FineWeb-Edu if it was prepared, else a sample corpus from text that Python carries."""
+    if Path(FINEWEB_DIR, "manifest.json").exists():
+        return FINEWEB_DIR
+
+    def build():
+        print(
+            f"No data prepared: training on a small sample corpus in {SAMPLE_DIR}, made from the "
+            "documentation inside this Python installation.\nFor the real run prepare FineWeb-Edu: "
+            "python src/prepare_data.py (28 GB download; see QUICK_START.md)",
+            flush=True,
+        )
+        if not Path(SAMPLE_DIR, "manifest.json").exists():
+            data_shards.sample_corpus(SAMPLE_DIR)
+
+    dist.on_main(build)
+    return SAMPLE_DIR
+
+
+def compile_training_pass(run: Run) -> nn.Module:
+    """torch.compile the loss for training; evaluation and sampling keep the plain model. Tried on
+    one micro-batch now, so that trouble with the compiler shows before the run begins."""
+    cfg, dist = run.cfg, run.dist
+    by_choice = cfg.compile is None
+    if by_choice:
+        cfg.compile = dist.device.type == "cuda"
+    if not cfg.compile:
+        return run.model
+    if dist.is_main:
+        print("compiling the training pass, about a minute ...", flush=True)
+    compiled = torch.compile(run.model)
+    try:
+        batch = torch.zeros(cfg.micro_batch_size, cfg.seq_len + 1, dtype=torch.long)
+        batch = batch.to(dist.device)
+        with run.autocast():
+            loss = compiled(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        run.optimizer.zero_grad(set_to_none=True)
+        return compiled
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not by_choice:
+            raise ValueError(
+                f"--compile: torch.compile does not work here ({first_line}); install a C++ "
+                "compiler (and Triton for CUDA), or use --no-compile"
+            ) from error
+        cfg.compile = False
+        print(f"WARNING torch.compile does not work here ({first_line}): training without it")
+        run.optimizer.zero_grad(set_to_none=True)
+        return run.model
+
+
+def new_run_name(model: str) -> str:
+    """Model and time; under torchrun also its run id, so that its restarts find the run again."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    suffix = "" if run_id == "none" else f"-{run_id[:8]}"
+    return f"{model}-{datetime.now():%Y%m%d-%H%M%S}{suffix}"
+
+
+def name_before_restart(checkpoint_dir: Path) -> str | None:
+    """Under a restarted torchrun: the name that its first attempt chose, if it saved anything."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")[:8]
+    names = sorted(p.name for p in checkpoint_dir.glob(f"*-{run_id}") if p.is_dir())
+    return names[-1] if names else None
+
+
+def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
+    """From flags to a run whose every default is decided; nothing is written but the sample corpus.
+
+    ValueError for whatever the user has to change.
+    """
+    options = Config(**given)  # for the flags that must be known before the checkpoint is
+    checkpoint_dir = Path(options.checkpoint_dir)
+    if options.run_name is not None:
+        checkpoint_files.validate_run_name(options.run_name)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = options.resume or ("auto" if restarted else None)
+    name = options.run_name
+    if restarted and name is None and options.resume is None:
+        name = dist.on_main(lambda: name_before_restart(checkpoint_dir))
+        resume = resume if name else None
+    path = checkpoint = None
+    if resume:
+        path = dist.on_main(lambda: find_checkpoint(resume, name, checkpoint_dir))
+    if path is not None:
+        checkpoint = load_checkpoint(path)
+
+    cfg, changes = merge_config(given, checkpoint, dist.device.type, dist.world_size)
+    resolve_model(cfg, dist.device.type)
+    validate(cfg, dist.world_size)
+    cfg.run_name = name or (checkpoint and checkpoint["run_name"])
+    cfg.run_name = cfg.run_name or dist.on_main(lambda: new_run_name(cfg.model))
+    cfg.data_dir = cfg.data_dir or default_data(dist)
+    train_data = data_shards.open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
+    val_data = data_shards.open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
+    if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
+        if not cfg.allow_data_change:
+            raise ValueError(
+                f"--data_dir {cfg.data_dir}: {train_data.num_tokens:,} tokens with fingerprint "
+                f"{train_data.fingerprint}, but the checkpoint saw "
+                f"{checkpoint['data']['tokens']:,} with {checkpoint['data']['fingerprint']}; give "
+                "that folder, or --allow_data_change"
+            )
+        changes.append("training data: another set (--allow_data_change)")
+    resolve_length(cfg, train_data.num_tokens)
+    validate(cfg, dist.world_size)
+    if checkpoint and cfg.max_steps < checkpoint["step"]:
+        raise ValueError(
+            f"--max_steps {cfg.max_steps}: the checkpoint {path} is already at step "
+            f"{checkpoint['step']}; give a larger number"
+        )
+    if cfg.verify_data:
+        dist.on_main(lambda: data_shards.verify(cfg.data_dir))
+
+    items = []
+    if cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists():
+        items = hellaswag.load_items(cfg.hellaswag_file)
+    cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
+    dtype = getattr(torch, cfg.dtype)
+    asked = set(given) | set(checkpoint["asked"] if checkpoint else ())
+    run = Run(cfg, asked, dist, train_data, val_data, items, dtype, resumed_from=path)
+    torch.manual_seed(cfg.seed)
+    with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
+        run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    if cfg.micro_batch_size is None:
+        sequences = cfg.total_batch_size // cfg.seq_len // dist.world_size
+        cfg.micro_batch_size = dist.on_main(
+            lambda: machine.choose_micro_batch(
+                run.model, sequences, dist.device, dtype, dist.world_size
+            )
+        )
+    if dist.is_main:
+        if path is not None:
+            print(f"resuming from {path}, step {checkpoint['step']:,}")
+        for change in changes:
+            print(f"  changed since the checkpoint: {change}")
+    run.checkpoint_folder = checkpoint_files.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    return run, checkpoint
+
+
+def preflight(run: Run, checkpoint: dict | None) -> None:
+    """Rank 0: claim the output folders and try them, before anything expensive."""
+    cfg = run.cfg
+    folder = run.checkpoint_folder
+    log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+    for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
+        try:
+            checkpoint_files.check_writable(path)
+        except ValueError as error:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
+        run.locks.append(checkpoint_files.RunLock().acquire(path))
+    existing = checkpoint_files.list_checkpoints(folder)
+    if existing and checkpoint is None:
+        raise ValueError(
+            f"--run_name {cfg.run_name}: {folder} holds checkpoints up to step {existing[-1].step} "
+            "already; go on with --resume latest, or choose another name"
+        )
+    checkpoint_files.sweep(folder)
+    need, free = run_summary.checkpoint_bytes(run.model), checkpoint_files.free_bytes(folder)
+    if free < 2 * need:
+        print(
+            f"WARNING {folder} has {free / 1e9:.2f} GB free and a checkpoint takes "
+            f"{need / 1e9:.2f} GB (two while one is replaced): saving fails until there is room",
+            flush=True,
+        )
+    run_summary.store_config(run, log_folder)
+
+
+def build(run: Run, checkpoint: dict | None):
+    """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
+    cfg, dist = run.cfg, run.dist
+    torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
+    run.model.to(dist.device)
+    run.optimizer = make_optimizer(run.model, cfg)
+    run.loss_scale = LossScale(run.dtype, dist.device)
+    if checkpoint is not None:
+        restore(run, checkpoint)
+    train_model = compile_training_pass(run)
+    if dist.world_size > 1:
+        train_model = nn.parallel.DistributedDataParallel(
+            train_model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    windows = cfg.total_batch_size // cfg.seq_len
+    loader = data_shards.StepLoader(
+        run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
+    )
+    saver = None
+    if dist.is_main:
+        saver = checkpoint_files.BackgroundSaver()
+    peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
+    return train_model, loader, saver, Monitor(run, peak)
+
+
+def main() -> int:
+    """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
+    given = parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+    dist = None
+    try:
+        dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
+        run, checkpoint = set_up(given, dist)
+        if dist.is_main:
+            print(run_summary.plan(run), flush=True)
+        if run.cfg.dry_run:
+            if dist.is_main:
+                print(f"\nevery flag as decided:\n{run_summary.every_flag(run.cfg, given)}")
+            dist.leave()
+            return 0
+        dist.on_main(lambda: preflight(run, checkpoint))
+        train_model, loader, saver, monitor = build(run, checkpoint)
+    except ValueError as error:
+        if dist is not None and not dist.is_main:
+            time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if not run.hellaswag_items and run.cfg.hellaswag_freq:
+        monitor.say(
+            f"HellaSwag is off, {run.cfg.hellaswag_file} is not there: get it (70 MB) with "
+            "python src/hellaswag.py --download"
+        )
+
+    supervisor = Supervisor(
+        dist.rank, dist.world_size, dist.store, run.cfg.hang_timeout, run.cfg.max_hours
+    )
+    code = 0
+    try:
+        train(run, train_model, loader, saver, monitor, supervisor)
+    except StopRequested as stop:
+        code = stop.code
+        monitor.say(f"{stop}: saving and leaving")
+    except GuardGaveUp as story:
+        code = 1
+        monitor.say(f"ERROR {story}")
+    loader.close()
+    if saver is not None:
+        saver.close()
+    monitor.close(finished=run.state.step >= run.cfg.max_steps)
+    monitor.say(run_summary.farewell(run))
+    supervisor.leave(code)
+    if code == 0 and run.state.step >= run.cfg.max_steps:
+        dist.leave()
+        return 0
+    sys.stdout.flush()
+    os._exit(code)  # other ranks may be inside a collective: nothing may wait for them
+
+
+if __name__ == "__main__":
+    sys.exit(main())
