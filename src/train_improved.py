@@ -1276,7 +1276,7 @@ def main() -> int:
         return 130
     if not run.hellaswag_items and run.cfg.hellaswag_freq:
         monitor.say(
-            f"HellaSwag is off, {run.cfg.hellaswag_file} is not there: get it (70 MB) with "
+            f"HellaSwag is off, {run.cfg.hellaswag_file} is not there: get it (12 MB) with "
             "python src/hellaswag.py --download"
         )
 

@@ -1,0 +1,70 @@
+"""What the tests of the training program share: a small corpus, a small model, real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import data_shards
+import numpy as np
+import pytest
+import tokenizer
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "src" / "train_improved.py"
+# Small enough for a step of about 20 ms, in fp32 so that numbers can be compared closely.
+SMALL = (
+    "--n_layer 2 --n_head 2 --n_embd 16 --seq_len 32 --total_batch_size 256 --dtype float32 "
+    "--device cpu --max_lr 1e-2 --val_tokens 512 --sample_tokens 4 --num_samples 1"
+).split()
+
+
+def environment() -> dict:
+    """One thread each: the machine has few cores and runs several processes at a time."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def start(*flags, cwd, data=None, script=SCRIPT, nproc=None, small=True):
+    """The training program as a real process; its output is in .stdout and .stderr."""
+    command = [sys.executable]
+    if nproc is not None:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command += [str(script), *(SMALL if small else ())]
+    command += ["--data_dir", str(data)] if data is not None else []
+    command += [str(f) for f in flags]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*flags, expect=0, timeout=300, **options):
+    """Run to the end -> (stdout, stderr); fails with both if the exit code is another one."""
+    process = start(*flags, **options)
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def write_data(folder: Path, train=20_000, val=2_000, seed=0) -> Path:
+    """A folder of shards with tokens that a model can learn something from."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("val", val)):
+        # a walk over 300 common tokens: the next one is near the last one
+        walk = np.cumsum(rng.integers(-3, 4, count)) % 300 + 256
+        walk[::100] = tokenizer.EOT
+        data_shards.write_shard(folder / f"walk_{split}_000000.bin", walk.astype(np.uint16))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "walk")
