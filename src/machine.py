@@ -45,7 +45,8 @@ def choose_micro_batch(model, sequences: int, device: torch.device, dtype: torch
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Rate of a matrix product in this precision, in FLOP/s, measured now: what MFU refers to."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    own = torch.Generator().manual_seed(0)  # training's random numbers stay as they are
+    a, b = (torch.randn(size, size, generator=own).to(device, dtype) for _ in range(2))
     best = math.inf
     for _ in range(5):
         wait_for(device)

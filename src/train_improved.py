@@ -1203,18 +1203,18 @@ def preflight(run: Run, checkpoint: dict | None) -> None:
     cfg = run.cfg
     folder = run.checkpoint_folder
     log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
-    for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
-        try:
-            checkpoint_files.check_writable(path)
-        except ValueError as error:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
-        run.locks.append(checkpoint_files.RunLock().acquire(path))
     existing = checkpoint_files.list_checkpoints(folder)
     if existing and checkpoint is None:
         raise ValueError(
             f"--run_name {cfg.run_name}: {folder} holds checkpoints up to step {existing[-1].step} "
             "already; go on with --resume latest, or choose another name"
         )
+    for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
+        try:
+            checkpoint_files.check_writable(path)
+        except ValueError as error:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
+        run.locks.append(checkpoint_files.RunLock().acquire(path))
     checkpoint_files.sweep(folder)
     need, free = run_summary.checkpoint_bytes(run.model), checkpoint_files.free_bytes(folder)
     if free < 2 * need:

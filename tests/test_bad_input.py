@@ -15,7 +15,9 @@ from conftest import SMALL, run, write_data
 def refused(capsys, monkeypatch, cwd: Path, *flags, small=True) -> str:
     """Run main() in this process -> the sentence; checks all that bad input must have in common."""
     monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["train_improved.py", *(SMALL if small else ()), *map(str, flags)])
+    monkeypatch.setattr(
+        sys, "argv", ["train_improved.py", *(SMALL if small else ()), *map(str, flags)]
+    )
     before = snapshot(cwd)
     try:
         code = ti.main()
@@ -175,7 +177,9 @@ class Evil:
         return (os.mkdir, ("owned",))
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "truncated", "flipped", "nuls", "text", "state"])
+@pytest.mark.parametrize(
+    "kind", ["pickle", "torch", "truncated", "flipped", "nuls", "text", "state"]
+)
 def test_bad_checkpoints_by_path(capsys, monkeypatch, trained, tmp_path, kind):
     good = (trained / "checkpoints" / "a" / "step_00000004.pt").read_bytes()
     bad = tmp_path / "bad.pt"
@@ -213,12 +217,13 @@ def test_latest_skips_a_broken_checkpoint_and_says_so(trained, tmp_path):
     assert "skipped" in err and "step_00000005.pt" in err
 
 
-def test_a_second_run_of_the_same_name_is_refused(trained, monkeypatch, capsys):
+def test_a_second_run_of_the_same_name_is_refused(trained):
     import checkpoint_files
 
     lock = checkpoint_files.RunLock().acquire(trained / "checkpoints" / "a")
     try:
-        out, err = run("--resume", "latest", cwd=trained, small=False, expect=2)
+        flags = ("--resume", "latest", "--run_name", "a", "--max_steps", "9")
+        _, err = run(*flags, cwd=trained, small=False, expect=2)
         assert str(os.getpid()) in err and os.uname().nodename in err
     finally:
         lock.release()

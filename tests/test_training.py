@@ -81,7 +81,12 @@ def test_a_run_learns_and_says_where_everything_is(whole):
     assert err == ""
     losses = logged(cwd / "runs" / "a")["Loss/train"]
     assert losses[0][1] > 10 and losses[-1][1] < 9
-    for text in ("finished at step 24 of 24", "checkpoints/a", "runs/a", "tensorboard --logdir=runs"):
+    for text in (
+        "finished at step 24 of 24",
+        "checkpoints/a",
+        "runs/a",
+        "tensorboard --logdir=runs",
+    ):
         assert text in out
     assert "--resume latest --run_name a --use_tensorboard --max_steps 48" in out
     config = json.loads((cwd / "runs" / "a" / "config.json").read_text())
@@ -137,7 +142,11 @@ def test_nothing_of_tensorboard_is_imported_without_the_flag(tmp_path, data):
     code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n" + program
     code = f"import sys; sys.argv = {[str(SCRIPT), *flags]!r}\n" + code
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "runs").glob("*/events*"))
@@ -163,7 +172,9 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, data, number,
     assert process.returncode == code, err
     if number != "SIGKILL":
         assert "--resume latest --run_name a" in out
-    out, err = run("--use_tensorboard", "--resume", "latest", "--run_name", "a", cwd=tmp_path, small=False)
+    out, err = run(
+        "--use_tensorboard", "--resume", "latest", "--run_name", "a", cwd=tmp_path, small=False
+    )
     assert "resuming from checkpoints/a/step_" in out
     assert_same_training(checkpoint(whole[0], 24), checkpoint(tmp_path, 24))
     assert logged(tmp_path / "runs" / "a") == logged(whole[0] / "runs" / "a")
@@ -206,14 +217,14 @@ def test_a_finished_run_resumed_has_nothing_to_do(whole):
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path, data):
-    flags = "--max_steps 400 --eval_freq 0 --sample_freq 0 --checkpoint_freq 0 --run_name a".split()
+    flags = "--max_steps 80 --eval_freq 0 --sample_freq 0 --checkpoint_freq 0 --run_name a".split()
     process = start(*flags, cwd=tmp_path, data=data)
     wait_for_step(process, 10)
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     steps = sorted(p.name for p in (tmp_path / "checkpoints" / "a").glob("step_*.pt"))
-    assert len(steps) == 2 and steps[-1] == "step_00000400.pt"
+    assert len(steps) == 2 and steps[-1] == "step_00000080.pt"
 
 
 def test_evaluation_and_sampling_do_not_change_training(whole, tmp_path, data):
