@@ -110,16 +110,15 @@ class _Damage:
 
 
 def _read(path: Path, damage: _Damage) -> Iterator[list[bytes]]:
-    """Batches of the serialized events of a file (about BATCH_BYTES each); adds to `damage`."""
+    """Batches of whole records of a file, about BATCH_BYTES each; adds to `damage`. The event in a
+    record is record[12:-4]."""
     batch: list[bytes] = []
-    crcs: list[int] = []
 
     def good() -> list[bytes]:
-        ok = [
-            e for e, c, real in zip(batch, crcs, _crc32c_of_many(batch), strict=True) if c == real
-        ]
+        crcs = _crc32c_of_many([record[12:-4] for record in batch])
+        ok = [r for r, crc in zip(batch, crcs, strict=True) if r[-4:] == struct.pack("<I", crc)]
         damage.records += len(batch) - len(ok)
-        batch.clear(), crcs.clear()
+        batch.clear()
         return ok
 
     with open(path, "rb") as file:
@@ -137,10 +136,9 @@ def _read(path: Path, damage: _Damage) -> Iterator[list[bytes]]:
             if 12 + length + 4 > left:
                 damage.tail = left
                 break
-            batch.append(file.read(length))
-            crcs.append(struct.unpack("<I", file.read(4))[0])
-            left -= 12 + length + 4
-            size += length
+            batch.append(header + file.read(length + 4))
+            left -= len(batch[-1])
+            size += len(batch[-1])
             if size > BATCH_BYTES:
                 yield good()
                 size = 0
@@ -164,13 +162,15 @@ def _next_path(log_dir: Path) -> Path:
     return log_dir / f"events.out.tfevents.{seconds:010d}.{host}.{os.getpid()}"
 
 
-def _start_records(step: int) -> list[bytes]:
-    """What begins a file: its version, and "what older files say at or behind `step` is void"."""
-    now = time.time()
-    version = Event(wall_time=now, step=step, file_version=FILE_VERSION)
+def _version_record() -> bytes:
+    """What begins every file."""
+    return Event(wall_time=time.time(), file_version=FILE_VERSION).SerializeToString()
+
+
+def _start_record(step: int) -> bytes:
+    """Says: what older files say at or behind `step` is void."""
     session = SessionLog(status=SessionLog.START)
-    start = Event(wall_time=now, step=step, session_log=session)
-    return [version.SerializeToString(), start.SerializeToString()]
+    return Event(wall_time=time.time(), step=step, session_log=session).SerializeToString()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -187,6 +187,7 @@ def _sync_folder(folder: Path) -> None:
 # when its tag is next written, which for a validation loss can be hours later. So the points are
 # removed.
 
+EMPTY_SECONDS = 600  # how long a TensorBoard may take to notice that a file is empty
 MERGE_NAME = "merging.tmp"  # no "tfevents" in it: TensorBoard does not look inside
 
 
@@ -196,16 +197,21 @@ class _Merged:
 
     stale: int = 0  # events dropped
     damage: list[str] = field(default_factory=list)  # one phrase per damaged file
-    hparams: dict[str, HParamsPluginData] = field(default_factory=dict)  # kept, by tag
-    layout: bool = False  # a custom scalars layout was kept
+    hparams: dict[str, bytes] = field(default_factory=dict)  # what was kept, by tag
+    layout: bytes = b""  # the last custom scalars layout that was kept
+
+
+def _canonical(hparams: bytes) -> bytes:
+    """The same bytes for the same content: maps have no order in a protocol buffer."""
+    return HParamsPluginData.FromString(hparams).SerializeToString(deterministic=True)
 
 
 def _start_step(path: Path) -> float:
     """The step of a file's start record, from which on it replaces older files; inf without one."""
     for batch in _read(path, _Damage()):
-        for data in batch[:3]:
+        for record in batch[:3]:
             with contextlib.suppress(DecodeError):
-                event = Event.FromString(data)
+                event = Event.FromString(record[12:-4])
                 if event.session_log.status == SessionLog.START:
                     return event.step
         break
@@ -233,15 +239,15 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
     broken = []
     try:
         with open(temporary, "wb") as out:
-            out.write(_frame(_start_records(0)))
+            out.write(_frame([_version_record(), _start_record(0)]))
             for i, path in enumerate(old):
                 limit = min([first_step, *starts[i + 1 :]])
                 damage = _Damage()
                 for batch in _read(path, damage):
                     keep = []
-                    for data in batch:
+                    for record in batch:
                         try:
-                            event = Event.FromString(data)
+                            event = Event.FromString(record[12:-4])
                         except DecodeError:
                             damage.records += 1
                             continue
@@ -254,12 +260,11 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
                         for value in event.summary.value:
                             plugin = value.metadata.plugin_data
                             if plugin.plugin_name == hparams_metadata.PLUGIN_NAME:
-                                content = HParamsPluginData.FromString(plugin.content)
-                                merged.hparams.setdefault(value.tag, content)
-                            merged.layout |= plugin.plugin_name == "custom_scalars"
-                        keep.append(data)
-                    if keep:
-                        out.write(_frame(keep))
+                                merged.hparams.setdefault(value.tag, _canonical(plugin.content))
+                            elif plugin.plugin_name == "custom_scalars":
+                                merged.layout = value.tensor.string_val[0]
+                        keep.append(record)
+                    out.write(b"".join(keep))
                 if damage.records or damage.tail:
                     merged.damage.append(
                         f"{path.name}: {damage.records} damaged records, "
@@ -271,9 +276,6 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
             os.fsync(out.fileno())
         if not merged.stale and not merged.damage:
             temporary.unlink()
-            for path in old:
-                if path.stat().st_size == 0:
-                    path.unlink()
             return merged
         os.rename(temporary, _next_path(log_dir))
         _sync_folder(log_dir)
@@ -285,11 +287,14 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
         path
     ) in broken:  # more than a killed writer's half record: keep it for whoever wants to look
         _set_aside(path, "damaged")
-    # The last one stays, empty, until the next cleaning: the Python loader of a running TensorBoard
-    # that is reading it never gets on to the next file if it vanishes.
-    for path in old[:-1]:
-        path.unlink(missing_ok=True)
-    old[-1].write_bytes(b"")
+    with contextlib.suppress(OSError):
+        for path in old:
+            # Emptied, and removed by a later cleaning: if the file vanishes that the Python loader
+            # of a running TensorBoard is at, it never gets on to the next one.
+            if not path.exists() or path.stat().st_size:
+                path.write_bytes(b"")
+            elif time.time() - path.stat().st_mtime > EMPTY_SECONDS:
+                path.unlink()
     return merged
 
 
@@ -339,9 +344,11 @@ def _count(tensor: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(2 * HALF, dtype=torch.int32, device=x.device)
     # CPU: pieces that stay in the cache, bincount is 5 times faster than histc. Elsewhere bincount
     # would wait for the device; histc counts in float32, exact up to 2**24.
-    for piece in x.split(1 << 18 if on_cpu else 1 << 24):
+    # (but is no deterministic algorithm, which raises where these are asked for)
+    bincount = on_cpu or torch.are_deterministic_algorithms_enabled()
+    for piece in x.split(1 << 15 if on_cpu else 1 << 24):
         pattern = (piece.float() - centre).view(torch.int32) >> PATTERN_SHIFT & (2 * HALF - 1)
-        if on_cpu:
+        if bincount:
             counts += torch.bincount(pattern, minlength=2 * HALF)
         else:
             counts += torch.histc(pattern.float(), 2 * HALF, min=0, max=2 * HALF).int()
@@ -358,8 +365,9 @@ def _merge_bins(counts: np.ndarray, stats: np.ndarray) -> tuple[Summary.Value | 
     fine = fine[used[0] : used[-1] + 1]
     low, high, total, squares, centre = stats.tolist()
     edges = EDGES[used[0] : used[-1] + 2] + centre
-    if nonfinite:  # low, high and the sums are NaN or inf: the bins know them well enough
+    if nonfinite:  # low and high are NaN or inf: the bins know them well enough
         low, high = edges[0], edges[-1]
+    if nonfinite or not np.isfinite(total + squares):
         middle = (edges[:-1] + edges[1:]) / 2
         total, squares = float(fine @ middle), float(fine @ middle**2)
     edges[0], edges[-1] = low, high
@@ -411,10 +419,12 @@ class TensorBoardLog:
         first_step: int,
         announce: Callable[[str], None] = print,
         retry_every: float = 30.0,
+        new_timeline: bool = False,
     ):
         """first_step: 0 for a fresh run: event files of an earlier attempt in the folder are set
         aside under names that TensorBoard does not read. Else the first step that will be logged,
         checkpoint step + 1: what the folder says at or behind that step is removed.
+        new_timeline: treat the folder as for a fresh run although first_step is not 0.
         announce: called with one sentence now and then. retry_every: seconds.
         Raises ValueError if the folder cannot be written to (a full disk: announced instead)."""
         self.log_dir = Path(log_dir)
@@ -425,31 +435,35 @@ class TensorBoardLog:
         self._file = None  # unbuffered; None while logging is stopped
         self._size = 0  # bytes of whole records in it
         self._retry_at = 0.0  # monotonic clock
-        self._lost = 0  # values since logging stopped
+        self._stopped = False  # and said so
+        self._lost = 0  # values since then
         self._lost_steps = [0, 0]
+        self._step = first_step  # the last one seen
         self._pending: list[bytes] = []  # records that are written once (HParams, layout), not lost
         self._kept = _Merged()
         self._closed = False
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
-            if first_step == 0:
+            if first_step == 0 or new_timeline:
                 self._set_earlier_attempt_aside()
             else:
                 self._resume()
-            self._open(_start_records(first_step))
+            self._open([_version_record(), _start_record(first_step)])
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise ValueError(
                     f"cannot write TensorBoard events to {self.log_dir} "
-                    f"({error.strerror or error}): choose another --tensorboard_dir or make this one writable"
+                    f"({error.strerror or error}): choose another --tensorboard_dir, "
+                    "or make this one writable"
                 ) from None
-            self._pending = _start_records(first_step)
+            self._pending = [_start_record(first_step)]
             self._stop(error)
 
     def _set_earlier_attempt_aside(self) -> None:
-        earlier = _event_files(self.log_dir)
+        earlier = [path for path in _event_files(self.log_dir) if path.stat().st_size]
         for path in earlier:
             _set_aside(path, "earlier")
+            path.touch()  # empty, for a running TensorBoard: see _clean
         if earlier:
             self.announce(
                 f"{self.log_dir} held {len(earlier)} event files of an earlier attempt: kept as "
@@ -506,18 +520,20 @@ class TensorBoardLog:
         if self._file is not None:
             self._abandon()
         self._retry_at = time.monotonic() + self.retry_every
+        if self._stopped:
+            return
+        self._stopped = True
         self.announce(
             f"TensorBoard logging to {self.log_dir} stopped ({error.strerror or error}); training "
             f"goes on, logging is tried again every {self.retry_every:g} s"
         )
 
-    def _come_back(self, step: int) -> bool:
-        """Tries to log again, in a new file."""
+    def _come_back(self) -> bool:
+        """Tries to log again, in a new file: a running TensorBoard may be amid the old one."""
         if time.monotonic() < self._retry_at:
             return False
         try:
-            version = Event(wall_time=time.time(), file_version=FILE_VERSION).SerializeToString()
-            self._open([version, *self._pending])
+            self._open([_version_record(), *self._pending])
         except OSError:
             self._retry_at = time.monotonic() + self.retry_every
             return False
@@ -526,16 +542,21 @@ class TensorBoardLog:
         if self._lost:
             first, last = self._lost_steps
             missing = f"; {self._lost} values of steps {first} to {last} are missing in the charts"
-        self.announce(f"TensorBoard logging to {self.log_dir} is back at step {step}{missing}")
-        self._lost = 0
+        self.announce(
+            f"TensorBoard logging to {self.log_dir} is back at step {self._step}{missing}"
+        )
+        self._stopped, self._lost = False, 0
         return True
 
-    def _write(self, events: list[Event], step: int, values: int, once: bool = False) -> None:
-        """Appends the events. `values`: how many points are lost if it cannot be done; `once`: keep
-        the records for when logging is back."""
+    def _write(self, step: int, summaries: Iterable[Summary], once: bool = False) -> None:
+        """Appends an event for each summary. `once`: if that cannot be done, keep them for when
+        logging is back; else their points are lost, and counted."""
         assert not self._closed, "TensorBoardLog is closed"
+        now = time.time()  # shown; nothing is computed from it
+        events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
         records = [event.SerializeToString() for event in events]
-        if self._file is not None or self._come_back(step):
+        self._step = max(step, self._step)
+        if self._file is not None or self._come_back():
             try:
                 self._append(_frame(records))
                 return
@@ -547,20 +568,18 @@ class TensorBoardLog:
             if not self._lost:
                 self._lost_steps[0] = step
             self._lost_steps[1] = step
-            self._lost += values
+            self._lost += sum(len(event.summary.value) for event in events)
 
     # -- what is logged ---------------------------------------------------------------------------
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """One point for each tag, all in one record: about 30 bytes a tag. NaN and inf are fine."""
         points = [Summary.Value(tag=tag, simple_value=float(v)) for tag, v in values.items()]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
-        self._write([event], step, len(points))
+        self._write(step, [Summary(value=points)])
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Text exactly as it is, whatever is in it; nothing in it is rendered (see as_code)."""
-        summary = torch_summary.text(tag, as_code(text))
-        self._write([Event(wall_time=time.time(), step=step, summary=summary)], step, 1)
+        self._write(step, [torch_summary.text(tag, as_code(text))])
 
     def histograms(self, tensors: dict[str, Tensor], step: int) -> None:
         """The distribution of each tensor's finite values, about 1.2 KB each; one copy to the host
@@ -573,8 +592,7 @@ class TensorBoardLog:
         device = counts[0].device
         counts = torch.stack([c.to(device) for c in counts]).cpu().numpy()
         stats = torch.stack([s.to(device) for s in stats]).cpu().double().numpy()
-        events = []
-        now = time.time()
+        summaries = []
         for tag, tensor_counts, tensor_stats in zip(tensors, counts, stats, strict=True):
             value, nonfinite = _merge_bins(tensor_counts, tensor_stats)
             values = []
@@ -583,8 +601,8 @@ class TensorBoardLog:
                 values.append(value)
             if nonfinite:
                 values.append(Summary.Value(tag=f"{tag}_nonfinite", simple_value=nonfinite))
-            events.append(Event(wall_time=now, step=step, summary=Summary(value=values)))
-        self._write(events, step, len(events))
+            summaries.append(Summary(value=values))
+        self._write(step, summaries)
 
     def hparams(
         self, values: dict[str, object], metrics: Sequence[str], numeric: Iterable[str] = ()
@@ -594,9 +612,10 @@ class TensorBoardLog:
 
         metrics: tags of scalars shown as columns; the same in all runs (TensorBoard takes the
         columns of the first run it finds). numeric: names that are numbers in some runs and None in
-        others: None leaves their cell empty. A column with numbers and words would break the whole
-        tab, as its filters raise. Other None values become "none", booleans "true"/"false" with
+        others: None leaves their cell empty. (Sorting or filtering by a column of numbers and words
+        is an error of the server.) Other None values become "none", booleans "true"/"false" with
         tick boxes, lists and everything else text."""
+        numeric = set(numeric)
         row: dict[str, float | str] = {}
         ticks = {}
         for name, value in values.items():
@@ -619,15 +638,13 @@ class TensorBoardLog:
         records = {s.value[0].tag: s for s in (experiment, start)}
         if self._kept.hparams:
             new = {
-                tag: HParamsPluginData.FromString(s.value[0].metadata.plugin_data.content)
-                for tag, s in records.items()
+                tag: _canonical(summary.value[0].metadata.plugin_data.content)
+                for tag, summary in records.items()
             }
-            if str(new) == str(self._kept.hparams):  # as text: NaN differs from itself
+            if new == self._kept.hparams:
                 return
             self._forget_hparams(list(records))
-        now = time.time()
-        events = [Event(wall_time=now, step=0, summary=summary) for summary in records.values()]
-        self._write(events, 0, 0, once=True)
+        self._write(0, records.values(), once=True)
 
     def _forget_hparams(self, tags: list[str]) -> None:
         """Takes the row out of the older files: the first record of a tag wins for good."""
@@ -636,20 +653,20 @@ class TensorBoardLog:
                 self._file.close()
                 self._file = None
             self._kept = _clean(self.log_dir, float("inf"), tags)
-            self._open(_start_records(self.first_step))
+            self._open([_version_record()])
         except OSError as error:
             self._stop(error)
 
     def hparams_end(self) -> None:
         """Marks the run as finished in the HParams tab. Only at true completion."""
         _, _, end = torch_summary.hparams({}, {})
-        self._write([Event(wall_time=time.time(), step=0, summary=end)], 0, 0, once=True)
+        self._write(0, [end], once=True)
 
     def layout(self, layout: dict[str, dict[str, list]]) -> None:
         """The Custom Scalars tab: {group: {chart: ["Multiline", [regular expression, ...]]}}."""
-        if not self._kept.layout:
-            summary = torch_summary.custom_scalars(layout)
-            self._write([Event(wall_time=time.time(), step=0, summary=summary)], 0, 0, once=True)
+        summary = torch_summary.custom_scalars(layout)
+        if summary.value[0].tensor.string_val[0] != self._kept.layout:  # the last one counts
+            self._write(0, [summary], once=True)
 
     def flush(self) -> None:
         """Waits until the disk holds everything: a power cut after it loses nothing. (A killed
@@ -679,7 +696,7 @@ class TensorBoardLog:
 
 
 def read_scalars(log_dir: str | os.PathLike) -> dict[str, list[tuple[int, float, float]]]:
-    """Every scalar of a run folder as TensorBoard's reader sees it: tag -> [(step, value, time)]."""
+    """Every scalar of a run as TensorBoard's reader sees it: tag -> [(step, value, unix time)]."""
     reader = EventAccumulator(str(log_dir), size_guidance={"scalars": 0, "tensors": 1}).Reload()
     return {
         tag: [(p.step, p.value, p.wall_time) for p in reader.Scalars(tag)]
