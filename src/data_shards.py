@@ -30,7 +30,6 @@ import math
 import os
 import queue
 import re
-import shutil
 import sys
 import sysconfig
 import tempfile
@@ -749,18 +748,20 @@ SAMPLE_SKIPS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-
 SAMPLE_LEAST = 200_000  # tokens below which there is no point in training
 
 
-def sample_corpus(folder: str | Path) -> None:
+def sample_corpus(folder: str | Path, roots: list[Path] | None = None) -> None:
     """Build a small English corpus from the documentation in this Python installation: the language
-    reference that help() shows, and the docstrings of the standard library, NumPy, PyTorch, NetworkX.
+    reference that help() shows, and the docstrings of the standard library and a few packages.
 
     The same for the same versions. A document is a topic or a module; every 20th is validation.
     The folder appears whole or not at all; one that another process built meanwhile is kept.
-    ValueError if the installation carries too little text (a stripped distribution).
+    roots: folders of Python files, the standard library first (default: those installed).
+    ValueError if there is too little text (a stripped distribution).
     """
     folder = Path(folder)
+    roots = roots or _documentation()
     splits: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     encode = get_tokenizer().encode_ordinary
-    for number, text in enumerate(_sample_documents()):
+    for number, text in enumerate(_sample_documents(roots)):
         tokens = np.array([EOT, *encode(text)], DTYPE)
         splits["val" if number % 20 == 19 else "train"].append(tokens)
     total = sum(len(tokens) for documents in splits.values() for tokens in documents)
@@ -770,57 +771,60 @@ def sample_corpus(folder: str | Path) -> None:
             f"documentation, too little for a sample corpus ({SAMPLE_LEAST:,}): prepare data with "
             "python src/prepare_data.py --source FILES, and give it as --data_dir"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        shards = []
-        for split, documents in splits.items():
-            entry = write_shard(building / f"sample_{split}_000000.bin", np.concatenate(documents))
-            shards.append({**entry, "split": split, "documents": len(documents)})
-        manifest = {
-            "version": 1,
-            "tokenizer": "gpt2",
-            "tokenizer_fingerprint": fingerprint(),
-            "vocab_size": VOCAB_SIZE,
-            "source": f"documentation in Python {sys.version.split()[0]} and its packages",
-            "shards": shards,
-        }
-        write_manifest(building, manifest)
-        building.chmod(0o755)  # mkdtemp's folders are private
-        try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            building = Path(temporary, folder.name)
+            building.mkdir()
+            shards = []
+            for split, documents in splits.items():
+                path = building / f"sample_{split}_000000.bin"
+                entry = write_shard(path, np.concatenate(documents))
+                shards.append({**entry, "split": split, "documents": len(documents)})
+            manifest = {
+                "version": 1,
+                "tokenizer": "gpt2",
+                "tokenizer_fingerprint": fingerprint(),
+                "vocab_size": VOCAB_SIZE,
+                "source": f"documentation in Python {sys.version.split()[0]} and its packages",
+                "shards": shards,
+            }
+            write_manifest(building, manifest)
             building.rename(folder)
             sync_folder(folder.parent)
-        except OSError:
-            if not (folder / MANIFEST).exists():
-                raise ValueError(
-                    f"the sample corpus cannot be put at {folder}: something else is there; "
-                    "move it away"
-                ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        if not (folder / MANIFEST).exists():  # else another process was faster
+            raise ValueError(
+                f"the sample corpus cannot be written to {folder} ({error.strerror}): make room "
+                "there, or give another --data_dir"
+            ) from None
 
 
-def _sample_documents() -> Iterator[str]:
-    """Documents of the sample corpus in a fixed order. Files are parsed, nothing is imported."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    topics = stdlib / "pydoc_data" / "topics.py"
+def _documentation() -> list[Path]:
+    """Folders of the standard library and of SAMPLE_PACKAGES; found, not imported."""
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    for package in SAMPLE_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            roots.append(Path(spec.submodule_search_locations[0]))
+    return roots
+
+
+def _sample_documents(roots: list[Path]) -> Iterator[str]:
+    """Documents of the sample corpus in a fixed order. Files are parsed, nothing of them is run."""
+    topics = roots[0] / "pydoc_data" / "topics.py"
     if topics.exists():
         for node in ast.parse(topics.read_bytes()).body:
             if isinstance(node, ast.Assign):
                 for _, text in sorted(ast.literal_eval(node.value).items()):
                     yield _prose(text)
-    roots = [stdlib]
-    for package in SAMPLE_PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.submodule_search_locations:
-            roots.append(Path(spec.submodule_search_locations[0]))
     seen = set()
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
             if SAMPLE_SKIPS.intersection(parts) or any(re.match("_(?!_init_)", p) for p in parts):
                 continue  # tests, installed packages, private modules
-            names = [*([root.name] if root != stdlib else []), *parts[:-1], path.stem]
+            names = [*([] if root == roots[0] else [root.name]), *parts[:-1], path.stem]
             module = ".".join(name for name in names if name != "__init__")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old escape sequences in other people's code
