@@ -205,12 +205,16 @@ class _SealingWriter:
                 self._write(piece)
 
     def _write(self, view: memoryview) -> None:
-        while view:  # a write may be partial: signals, limits, a disk that is nearly full
-            try:
-                view = view[os.write(self.fd, view) :]
-            except OSError as e:
-                self.error = self.error or e  # torch.save hides it behind a RuntimeError
-                raise
+        try:
+            _write_all(self.fd, view)
+        except OSError as e:
+            self.error = self.error or e  # torch.save hides it behind a RuntimeError
+            raise
+
+
+def _write_all(fd: int, view) -> None:
+    while view:  # a write may be partial: signals, limits, a disk that is nearly full
+        view = view[os.write(fd, view) :]
 
 
 def _flush_to_disk(fd: int) -> None:
@@ -239,6 +243,8 @@ def _make_folder(folder: Path) -> None:
     """Create `folder` and its parents so that they too survive a power cut."""
     if folder.is_dir():
         return
+    if folder.exists():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _flush_folder(folder.parent)
@@ -560,7 +566,7 @@ def check_writable(folder) -> None:
         _make_folder(folder)
         fd = os.open(probe, NEW_FILE, 0o666)
         try:
-            os.write(fd, bytes(4096))
+            _write_all(fd, bytes(4096))
             os.fsync(fd)
         finally:
             os.close(fd)
