@@ -215,10 +215,9 @@ def score(
     """
     if not items:
         return []
-    weight = model.lm_head.weight
-    device = weight.device
+    device = model.lm_head.weight.device
     if batch_tokens is None:
-        batch_tokens = 512 if device.type == "cpu" else 16_384
+        batch_tokens = 1024 if device.type == "cpu" else 16_384
     multiple = 1 if device.type == "cpu" else 32  # few different shapes: GPU memory is reused
 
     fitted = [_fit(item, model.seq_len) for item in items]
@@ -226,10 +225,6 @@ def score(
     order = sorted(range(len(items)), key=lambda i: -lengths[i])  # alike together: little padding
     losses, start = [], 0
     with autocast():
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        weight = weight.to(dtype)
         while start < len(order):
             T = math.ceil(lengths[order[start]] / multiple) * multiple
             batch = order[start : start + max(1, batch_tokens // T)]
@@ -239,9 +234,9 @@ def score(
             inputs, predictions = _pack([fitted[i][:2] for i in batch], T)
             idx, positions, segments = _to_device(inputs, device)
             rows, targets = _to_device(predictions, device)
-            x = model.features(idx, positions, _tree_mask(segments))
-            x_NC = x.flatten(0, 1)[rows].to(dtype)
-            losses.append(next_token_losses(x_NC, weight, targets))
+            x_BTC = model.features(idx, positions, _tree_mask(segments))
+            x_NC = x_BTC.flatten(0, 1)[rows]
+            losses.append(next_token_losses(x_NC, model.lm_head.weight, targets))
             if progress is not None:
                 progress(len(batch))
 
