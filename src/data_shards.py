@@ -255,7 +255,7 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
         entries = {}
         for entry in manifest["shards"]:
             name = entry["name"]
-            if not isinstance(name, str) or Path(name).name != name or name in entries:
+            if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name) or name in entries:
                 raise ValueError(f"bad shard name {name!r}")
             if entry["split"] not in ("train", "val"):
                 raise ValueError(f"bad split {entry['split']!r}")
@@ -299,7 +299,7 @@ class TokenStream:
         self._begins = [0, *np.cumsum(self.shard_tokens).tolist()]
         self.num_tokens = self._begins[-1]
         # Few open files even with thousands of shards. One that falls out of the cache while
-        # another thread reads it stays open until that thread is done.
+        # another thread reads it stays open until that thread lets go of it.
         self._file = functools.lru_cache(maxsize=64)(lambda k: _File(self.paths[k]))
         sha = hashlib.sha256()
         full = self.num_tokens <= SMALL
@@ -335,8 +335,8 @@ class TokenStream:
             # 512 scattered windows that are not in memory, on the disk where this was measured.
             for i in index.tolist():
                 for k, first, count in self._pieces(i * T, T + 1):
-                    at = self.shards[k].offset + 2 * first
-                    os.posix_fadvise(self._open(k).fd, at, 2 * count, os.POSIX_FADV_WILLNEED)
+                    file, at = self._open(k), self.shards[k].offset + 2 * first
+                    os.posix_fadvise(file.fd, at, 2 * count, os.POSIX_FADV_WILLNEED)
         for row, i in zip(out, index.tolist(), strict=True):
             self._fill(i * T, row)
         if len(index) and out.max() >= VOCAB_SIZE:
@@ -858,7 +858,7 @@ def _prose(text: str) -> str:
     sessions, tables, code or grammar."""
     kept = [p for p in re.split(r"\n\s*\n", text.strip("\n")) if _is_prose(p)]
     text = re.sub(r"(?m)^[ \t]+|[ \t]+$", "", "\n\n".join(kept))
-    return re.sub(r"(\S.{40,})\n(?=\w)", r"\1 ", text)
+    return re.sub(r"(?m)^(.{40,})\n(?=\w)", r"\1 ", text)
 
 
 def _is_prose(paragraph: str) -> bool:
