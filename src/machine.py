@@ -6,7 +6,7 @@ import time
 import torch
 
 import checkpoint_files
-from chunked_loss import CHUNK, PADDED_VOCAB
+from chunked_loss import PADDED_VOCAB, chunk_rows
 
 
 def best_dtype(device: torch.device) -> str:
@@ -24,7 +24,8 @@ def training_bytes(model, dtype: torch.dtype, sequences: int) -> int:
     width = 50 if dtype != torch.float32 else 80
     tokens = sequences * model.seq_len
     activations = tokens * model.n_layer * model.n_embd * width
-    loss = min(CHUNK, tokens) * PADDED_VOCAB * 4 * 3 + 2 * PADDED_VOCAB * model.n_embd * 4
+    rows = min(chunk_rows(model.lm_head.weight), tokens)
+    loss = rows * PADDED_VOCAB * 4 * 3 + 2 * PADDED_VOCAB * model.n_embd * 4
     return 16 * model.num_params() + activations + loss
 
 

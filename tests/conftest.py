@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data_shards
 import numpy as np
 import pytest
+
+import data_shards
 import tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 import train_improved as ti
 from conftest import SMALL, run, write_data
 

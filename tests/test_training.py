@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tensorboard_log
 import torch
+
+import tensorboard_log
 import train_improved as ti
 from conftest import SCRIPT, run, start
 
@@ -133,8 +134,8 @@ def test_nothing_of_tensorboard_is_imported_without_the_flag(tmp_path, data):
         "import sys, runpy\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as e: assert not e.code, e.code\n"
-        "assert not [m for m in sys.modules if m.split('.')[0] in ('tensorboard', 'tensorboard_log')"
-        " or m.startswith('torch.utils.tensorboard')]\n"
+        "loaded = [m for m in sys.modules if 'tensorboard' in m]\n"
+        "assert not loaded, loaded\n"
     )
     from conftest import SMALL, environment
 
@@ -195,7 +196,7 @@ def test_same_losses_with_1_2_and_4_processes(whole, tmp_path, data):
 
 def test_resume_under_another_name_begins_a_new_timeline(whole, tmp_path, data):
     flags = ["--resume", str(checkpoint(whole[0], 12)), "--run_name", "b", "--use_tensorboard"]
-    out, _ = run(*flags, cwd=tmp_path, small=False)
+    run(*flags, cwd=tmp_path, small=False)
     ours, theirs = logged(tmp_path / "runs" / "b"), logged(whole[0] / "runs" / "a")
     assert ours["Loss/train"] == theirs["Loss/train"][12:]
     assert_same_training(checkpoint(whole[0], 24), checkpoint(tmp_path, 24, "b"))
@@ -221,7 +222,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path, data):
     process = start(*flags, cwd=tmp_path, data=data)
     wait_for_step(process, 10)
     process.send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     steps = sorted(p.name for p in (tmp_path / "checkpoints" / "a").glob("step_*.pt"))
     assert len(steps) == 2 and steps[-1] == "step_00000080.pt"
