@@ -218,6 +218,30 @@ def _start_step(path: Path) -> float:
     return float("inf")
 
 
+def _keep(
+    record: bytes, limit: float, drop_tags: set[str], merged: _Merged, damage: _Damage
+) -> bool:
+    """Whether a record stays; notes in `merged` and `damage` what was seen."""
+    try:
+        event = Event.FromString(record[12:-4])
+    except DecodeError:
+        damage.records += 1
+        return False
+    if event.HasField("session_log") or event.HasField("file_version"):
+        return False  # the new file has its own
+    tags = {value.tag for value in event.summary.value}
+    if event.step >= limit or (tags and tags <= drop_tags):
+        merged.stale += 1
+        return False
+    for value in event.summary.value:
+        plugin = value.metadata.plugin_data
+        if plugin.plugin_name == hparams_metadata.PLUGIN_NAME:
+            merged.hparams.setdefault(value.tag, _canonical(plugin.content))
+        elif plugin.plugin_name == "custom_scalars":
+            merged.layout = value.tensor.string_val[0]
+    return True
+
+
 def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merged:
     """Removes what is stale from the folder's event files: events at or behind `first_step`, events
     at or behind the start of a later file (an earlier cleaning that could not be done), damaged
@@ -244,26 +268,7 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
                 limit = min([first_step, *starts[i + 1 :]])
                 damage = _Damage()
                 for batch in _read(path, damage):
-                    keep = []
-                    for record in batch:
-                        try:
-                            event = Event.FromString(record[12:-4])
-                        except DecodeError:
-                            damage.records += 1
-                            continue
-                        if event.HasField("session_log") or event.HasField("file_version"):
-                            continue
-                        tags = {value.tag for value in event.summary.value}
-                        if event.step >= limit or (tags and tags <= drop_tags):
-                            merged.stale += 1
-                            continue
-                        for value in event.summary.value:
-                            plugin = value.metadata.plugin_data
-                            if plugin.plugin_name == hparams_metadata.PLUGIN_NAME:
-                                merged.hparams.setdefault(value.tag, _canonical(plugin.content))
-                            elif plugin.plugin_name == "custom_scalars":
-                                merged.layout = value.tensor.string_val[0]
-                        keep.append(record)
+                    keep = (r for r in batch if _keep(r, limit, drop_tags, merged, damage))
                     out.write(b"".join(keep))
                 if damage.records or damage.tail:
                     merged.damage.append(
@@ -283,11 +288,9 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    for (
-        path
-    ) in broken:  # more than a killed writer's half record: keep it for whoever wants to look
-        _set_aside(path, "damaged")
     with contextlib.suppress(OSError):
+        for path in broken:  # more than a killed writer's half record: somebody may want to look
+            _set_aside(path, "damaged")
         for path in old:
             # Emptied, and removed by a later cleaning: if the file vanishes that the Python loader
             # of a running TensorBoard is at, it never gets on to the next one.
@@ -308,11 +311,11 @@ def _set_aside(path: Path, why: str) -> None:
 
 
 # --- Histograms -----------------------------------------------------------------------------------
-# One pass over each tensor on its own device: subtract the mean, and count the differences by the
-# top 13 bits of their float32 pattern (sign, exponent, 4 bits of mantissa). So bins are as narrow
-# as 3–6% of the distance from the mean, at any scale: gradients with far outliers and LayerNorm
-# weights within 1 ± 0.001 are both resolved, no range has to be known beforehand, NaN and inf have
-# bins of their own. On the host these 8,192 bins are merged to about 70.
+# One pass over each tensor on its own device: subtract the median (of 4,096 values), and count the
+# differences by the top 13 bits of their float32 pattern (sign, exponent, 4 bits of mantissa). So
+# bins are as narrow as 3–6% of the distance from the median, at any scale: gradients with far
+# outliers and LayerNorm weights within 1 ± 0.001 are both resolved, no range has to be known
+# beforehand, NaN and inf have bins of their own. The host merges the 8,192 bins to about 60.
 
 PATTERN_BITS = 13
 PATTERN_SHIFT = 32 - PATTERN_BITS
@@ -330,29 +333,31 @@ SHARES = np.union1d(np.arange(1, 32) / 32, [0.0668, 0.1587, 0.3085, 0.6915, 0.84
 
 @torch.no_grad()
 def _count(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Pattern counts (8192, int32) and min, max, sum, sum of squares, centre (5, float32), left on
-    the tensor's device without waiting for it. min and max are NaN where there is a NaN."""
+    """Pattern counts (8192, int32) and min, max, centre (3, float32) of a tensor, left on its
+    device without waiting for it. min and max are NaN where there is a NaN."""
     x = tensor.detach().reshape(-1)
-    if not x.is_floating_point():
-        x = x.float()
-    low, high = torch.aminmax(x)
-    total = x.sum(dtype=torch.float32)
-    squares = torch.linalg.vector_norm(x, dtype=torch.float32).square()
-    mean = total / x.numel()
-    centre = torch.where(mean.abs() < 1e30, mean, 0.0)  # also 0 for NaN, inf
     on_cpu = x.device.type == "cpu"
-    counts = torch.zeros(2 * HALF, dtype=torch.int32, device=x.device)
-    # CPU: pieces that stay in the cache, bincount is 5 times faster than histc. Elsewhere bincount
-    # would wait for the device; histc counts in float32, exact up to 2**24.
-    # (but is no deterministic algorithm, which raises where these are asked for)
+    # CPU: pieces that stay in the cache, and so small that torch gives them to one thread: on a
+    # busy machine the threads' waiting for each other took ten times the work. Elsewhere 2**24
+    # values: histc counts in float32.
+    size = 1 << 15 if on_cpu else 1 << 24
+    # bincount is 5 times faster than histc on a CPU, would wait for the device on a GPU, and is the
+    # only one that counts as deterministic.
     bincount = on_cpu or torch.are_deterministic_algorithms_enabled()
-    for piece in x.split(1 << 15 if on_cpu else 1 << 24):
-        pattern = (piece.float() - centre).view(torch.int32) >> PATTERN_SHIFT & (2 * HALF - 1)
+    middle = x[:: -(-x.numel() // 4096)].float().median()  # outliers do not shift it
+    centre = torch.where(middle.abs() < 1e30, middle, 0.0)  # also 0 for NaN, inf
+    counts = torch.zeros(2 * HALF, dtype=torch.int32, device=x.device)
+    ends = []
+    for piece in x.split(size):
+        values = piece.float()
+        ends += torch.aminmax(values)
+        pattern = (values - centre).view(torch.int32) >> PATTERN_SHIFT & (2 * HALF - 1)
         if bincount:
             counts += torch.bincount(pattern, minlength=2 * HALF)
         else:
             counts += torch.histc(pattern.float(), 2 * HALF, min=0, max=2 * HALF).int()
-    return counts, torch.stack([low.float(), high.float(), total, squares, centre])
+    low, high = torch.aminmax(torch.stack(ends))
+    return counts, torch.stack([low, high, centre])
 
 
 def _merge_bins(counts: np.ndarray, stats: np.ndarray) -> tuple[Summary.Value | None, int]:
@@ -363,15 +368,13 @@ def _merge_bins(counts: np.ndarray, stats: np.ndarray) -> tuple[Summary.Value | 
     if not len(used):
         return None, nonfinite
     fine = fine[used[0] : used[-1] + 1]
-    low, high, total, squares, centre = stats.tolist()
+    low, high, centre = stats.tolist()
     edges = EDGES[used[0] : used[-1] + 2] + centre
     if nonfinite:  # low and high are NaN or inf: the bins know them well enough
         low, high = edges[0], edges[-1]
-    if nonfinite or not np.isfinite(total + squares):
-        middle = (edges[:-1] + edges[1:]) / 2
-        total, squares = float(fine @ middle), float(fine @ middle**2)
     edges[0], edges[-1] = low, high
     edges = np.clip(edges, low, high)
+    middle = (edges[:-1] + edges[1:]) / 2
     below = np.concatenate([[0], np.cumsum(fine)])
     number = int(below[-1])
     crowded = np.flatnonzero(fine > number / 16)  # many equal values: a spike of its own
@@ -384,7 +387,7 @@ def _merge_bins(counts: np.ndarray, stats: np.ndarray) -> tuple[Summary.Value | 
     ]
     cuts = np.unique(np.clip(np.concatenate(cuts), 0, len(fine)))
     value = torch_summary.histogram_raw(
-        "", low, high, number, total, squares,
+        "", low, high, number, fine @ middle, fine @ middle**2,
         edges[cuts[1:]].tolist(), np.diff(below[cuts]).tolist(),
     ).value[0]  # fmt: skip
     return value, nonfinite
@@ -583,8 +586,8 @@ class TensorBoardLog:
 
     def histograms(self, tensors: dict[str, Tensor], step: int) -> None:
         """The distribution of each tensor's finite values, about 1.2 KB each; one copy to the host
-        for all. Where there are non-finite values a scalar TAG_nonfinite counts them. Sums in the
-        record are float32; min and max are exact as long as all values are finite."""
+        for all. Where there are non-finite values a scalar TAG_nonfinite counts them. Counts are
+        exact, min and max too as long as all values are finite; sums are added up from the bins."""
         tensors = {tag: tensor for tag, tensor in tensors.items() if tensor.numel()}
         if not tensors:
             return
@@ -623,9 +626,7 @@ class TensorBoardLog:
                 row[name] = str(value).lower()
                 ticks[name] = ["false", "true"]
             elif value is None and name in numeric:
-                row[name] = float(
-                    "nan"
-                )  # TensorBoard's way to declare a column and leave the cell empty
+                row[name] = float("nan")  # declares the column; TensorBoard leaves the cell empty
             elif isinstance(value, int | float) and np.isfinite(value):
                 row[name] = value
             elif value is None:
@@ -648,12 +649,13 @@ class TensorBoardLog:
 
     def _forget_hparams(self, tags: list[str]) -> None:
         """Takes the row out of the older files: the first record of a tag wins for good."""
+        was_open = self._file is not None
         try:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            if was_open:
+                self._abandon()
             self._kept = _clean(self.log_dir, float("inf"), tags)
-            self._open([_version_record()])
+            if was_open:
+                self._open([_version_record()])
         except OSError as error:
             self._stop(error)
 

@@ -388,9 +388,9 @@ def test_histogram_has_the_exact_quantiles_within_a_small_part_of_their_spread(n
     values = x.float().reshape(-1).double().sort().values.numpy()
     assert histogram.num == len(values) == sum(histogram.bucket)
     assert (histogram.min, histogram.max) == (values[0], values[-1])
-    assert histogram.sum == pytest.approx(values.sum(), rel=1e-3, abs=1e-3 * np.abs(values).sum())
-    if name not in ("tiny", "large"):  # their squares are no float32
-        assert histogram.sum_squares == pytest.approx((values**2).sum(), rel=1e-3)
+    # A value is at most half a fine bin from the middle of its bin.
+    assert histogram.sum == pytest.approx(values.sum(), abs=np.abs(values).sum() / 32)
+    assert histogram.sum_squares == pytest.approx((values**2).sum(), rel=1 / 16)
     assert all(np.diff([histogram.min, *histogram.bucket_limit]) >= 0)
     assert histogram.bucket_limit[-1] == histogram.max
     # The Distributions tab. "Within a small part": 2% of the distance that the middle 87% span; and
@@ -406,12 +406,14 @@ def test_histogram_has_the_exact_quantiles_within_a_small_part_of_their_spread(n
     edges = np.linspace(values[0], values[-1], 31)
     below = np.concatenate([[0], np.cumsum(histogram.bucket)]) / len(values)
     drawn = np.interp(edges, [histogram.min, *histogram.bucket_limit], below)
-    low, high = (np.searchsorted(values, edges, side) / len(values) for side in ("left", "right"))
-    assert np.all(drawn >= low - 0.05) and np.all(drawn <= high + 0.05)
+    fine = np.abs(edges - np.median(values)) / 16
+    low = np.searchsorted(values, edges - fine, "left") / len(values)
+    high = np.searchsorted(values, edges + fine, "right") / len(values)
+    assert np.all(drawn >= low - 0.03) and np.all(drawn <= high + 0.03)
     # Tails are drawn where they are: no bin is much wider than one of those 30.
-    farthest = np.abs(values - values.mean()).max()
+    farthest = np.abs(values - np.median(values)).max()
     widest = max(np.diff([histogram.min, *histogram.bucket_limit]))
-    assert widest <= edges[1] - edges[0] + 1.01 * farthest / 16
+    assert widest <= edges[1] - edges[0] + 1.1 * farthest / 16
 
 
 @pytest.mark.parametrize(
