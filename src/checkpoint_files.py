@@ -89,11 +89,10 @@ def step_path(folder, step: int) -> Path:
 
 def _size(n: float) -> str:
     """1490000000 -> '1.49 GB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000:
-            break
-        n, unit = n / 1000, {"bytes": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
-    return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.3g} {unit}"
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= length:
+            return f"{n / length:.2f} {unit}"
+    return f"{n:.0f} bytes"
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -288,8 +287,8 @@ def save(path, state: dict, info: dict | None = None) -> None:
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(e, OSError) and e.filename is None:
-            raise type(e)(e.errno, e.strerror, str(path)) from None
+        if isinstance(e, OSError) and e.filename is None:  # a full disk does not say whose
+            raise OSError(e.errno, e.strerror, str(path)) from None
         raise
     _flush_folder(path.parent)
     _known_good[_signature(path, written)] = info
@@ -305,23 +304,26 @@ def _signature(path: Path, st: os.stat_result) -> tuple:
     return (os.path.abspath(path), st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns)
 
 
+@contextlib.contextmanager
 def _open(path: Path):
-    """The file opened for unbuffered reading, or CheckpointError."""
+    """The file, unbuffered; what the system refuses, also later, becomes a CheckpointError."""
     try:
         mode = os.stat(path).st_mode  # first: opening a named pipe would wait for ever
-        if stat.S_ISDIR(mode):
-            raise CheckpointError(path, "is a folder, not a checkpoint file")
-        if not stat.S_ISREG(mode):
-            raise CheckpointError(path, "is not a regular file")
-        return open(path, "rb", buffering=0)
     except FileNotFoundError:
         raise CheckpointError(path, "does not exist") from None
     except OSError as e:
         raise CheckpointError(path, f"cannot be read: {e.strerror}") from None
-    except ValueError as e:  # a NUL in the name
-        if isinstance(e, CheckpointError):
-            raise
+    except ValueError:  # a NUL in the name
         raise CheckpointError(repr(str(path)), "is not a possible file name") from None
+    if stat.S_ISDIR(mode):
+        raise CheckpointError(path, "is a folder, not a checkpoint file")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(path, "is not a regular file")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            yield file
+    except OSError as e:  # no permission, or the disk cannot give it back
+        raise CheckpointError(path, f"cannot be read: {e.strerror}") from None
 
 
 def _read_comment(path: Path, file) -> tuple[int, bytes, dict]:
@@ -376,19 +378,16 @@ def verify(path) -> None:
     """
     path = Path(path)
     with _open(path) as file:
-        try:
-            covered, digest, info = _read_comment(path, file)
-            before = os.fstat(file.fileno())
-            file.seek(0)
-            sha, buffer = hashlib.sha256(), memoryview(bytearray(min(covered, CHUNK)))
-            while covered:
-                n = file.readinto(buffer[: min(covered, CHUNK)])
-                if not n:
-                    raise CheckpointError(path, "became shorter while it was read")
-                sha.update(buffer[:n])
-                covered -= n
-        except OSError as e:  # the disk cannot give it back
-            raise CheckpointError(path, f"cannot be read: {e.strerror}") from None
+        covered, digest, info = _read_comment(path, file)
+        before = os.fstat(file.fileno())
+        file.seek(0)
+        sha, buffer = hashlib.sha256(), memoryview(bytearray(min(covered, CHUNK)))
+        while covered:
+            n = file.readinto(buffer[: min(covered, CHUNK)])
+            if not n:
+                raise CheckpointError(path, "became shorter while it was read")
+            sha.update(buffer[:n])
+            covered -= n
     if sha.hexdigest().encode("ascii") != digest:
         raise CheckpointError(path, "is damaged: its content does not match its checksum")
     _known_good[_signature(path, before)] = info
@@ -412,11 +411,11 @@ def load(path, map_location="cpu") -> dict:
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            path,
-            "holds more than tensors and plain values (perhaps code): refused, nothing was run",
+            path, "holds more than tensors and plain values (code?): refused, nothing was run"
         ) from None
-    except (RuntimeError, EOFError, KeyError, OSError) as e:
-        raise CheckpointError(path, f"cannot be loaded: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # forged, as the checksum was right: any parser may trip over anything
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise CheckpointError(path, f"cannot be loaded: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(path, f"holds a {type(state).__name__} and not a dict")
     return state
@@ -426,19 +425,25 @@ def load(path, map_location="cpu") -> dict:
 
 
 def list_checkpoints(folder) -> list[Info]:
-    """The files in `folder` that are named like checkpoints, by step; [] if there is no folder."""
+    """The files in `folder` that are named like checkpoints, by step; [] if there is no folder.
+
+    ValueError: the folder cannot be read.
+    """
     found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        for entry in entries:
-            match = STEP_NAME.fullmatch(entry.name)
-            if not match or step_path("", int(match[1])).name != entry.name:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # deleted since
-                if entry.is_file():
-                    st = entry.stat()
-                    found.append(
-                        Info(Path(folder) / entry.name, int(match[1]), st.st_size, st.st_mtime)
-                    )
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise ValueError(f"cannot list {folder}: {e.strerror}") from None
+    for name in names:
+        match = STEP_NAME.fullmatch(name)
+        if match and name == step_path("", int(match[1])).name:
+            with contextlib.suppress(OSError):  # deleted since, or a link to nothing
+                path = Path(folder) / name
+                st = os.stat(path)
+                if stat.S_ISREG(st.st_mode):
+                    found.append(Info(path, int(match[1]), st.st_size, st.st_mtime))
     return sorted(found, key=lambda c: c.step)
 
 
@@ -665,26 +670,30 @@ class RunLock:
 HEADROOM = 1 << 30  # bytes left to the rest of the machine; below it the copy is not made
 
 
-def available_bytes() -> int | None:
+def available_bytes(proc="/proc", cgroups="/sys/fs/cgroup") -> int | None:
     """Memory that can be had without swapping, also within a container's limit; None: unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path(proc, "meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # control groups, version 2
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if not line.startswith("0::/"):
+    with contextlib.suppress(OSError):
+        for line in Path(proc, "self/cgroup").read_text().splitlines():
+            number, controllers, group = line.split(":", 2)
+            if number == "0":  # control groups, version 2
+                names = ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):  # version 1
+                group = "/memory" + group
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
                 continue
-            group = Path("/sys/fs/cgroup") / line[4:]
-            for level in (group, *group.parents):
-                limit = level / "memory.max"
-                if not limit.exists() or limit.read_text().strip() == "max":
-                    continue
-                used = int((level / "memory.current").read_text())
-                stats = dict(s.split() for s in (level / "memory.stat").read_text().splitlines())
-                used -= int(stats.get("inactive_file", 0))  # page cache gives way
-                found.append(max(0, int(limit.read_text()) - used))
+            lowest = Path(cgroups) / group.strip("/")
+            for level in (lowest, *lowest.parents):  # each may have a limit, the root has none
+                with contextlib.suppress(OSError, ValueError):  # "max"
+                    limit, used = (int((level / name).read_text()) for name in names[:2])
+                    stats = (level / "memory.stat").read_text().splitlines()
+                    used -= int(dict(row.split() for row in stats).get(names[2], 0))  # page cache
+                    found.append(max(0, limit - used))
     return min(found, default=None)
 
 
