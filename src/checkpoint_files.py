@@ -830,7 +830,7 @@ class BackgroundSaver:
         self._thread = threading.Thread(
             target=self._write, args=(Path(path), copied, dict(info or {}), on_done), name="saver"
         )
-        self._thread.start()
+        self._thread.start()  # not a daemon: the interpreter waits for it, even after an exception
         return time.monotonic() - began
 
     def busy(self) -> bool:
@@ -908,12 +908,17 @@ def _map_unique(state: dict, fn: Callable) -> dict:
 
 
 def _pin(arena) -> bool:
-    """Let CUDA copy straight into this memory. PyTorch's own pinned tensors are rounded up to a
-    power of two, which may be nearly twice the memory."""
+    """Let CUDA copy straight into this memory; False if it will not (copies are slower then).
+
+    PyTorch's own pinned tensors are rounded up to a power of two: up to twice the memory.
+    """
     import torch
 
-    size = arena.numel()
-    return int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size, 0)) == 0
+    if int(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.numel(), 0)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):  # else the next kernel is blamed for this error
+        torch.zeros(1, device="cuda")
+    return False
 
 
 # --- The command ----------------------------------------------------------------------------------
