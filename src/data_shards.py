@@ -419,25 +419,28 @@ def verify(data_dir: str | list[str], progress: Callable[[int, int], None] | Non
                     problems.append(str(error))
     total, done = sum(shard.path.stat().st_size for shard in shards), 0
     for shard in shards:
-        sha, token = hashlib.sha256(), 0
-        with open(shard.path, "rb") as file:
-            head = file.read(shard.offset)
-            sha.update(head)
-            done += len(head)
-            while chunk := file.read(CHUNK):
-                sha.update(chunk)
-                bad = np.frombuffer(chunk, DTYPE) >= VOCAB_SIZE
-                if bad.any():
-                    token += int(bad.argmax())
-                    problems.append(f"shard {shard.path}: token {token:,} is beyond id {EOT}")
-                    break
-                token += len(bad)
-                done += len(chunk)
-                if progress:
-                    progress(done, total)
-            else:
-                if shard.sha256 not in (None, sha.hexdigest()):
-                    problems.append(f"shard {shard.path}: SHA-256 differs from its manifest's")
+        sha, token, bad = hashlib.sha256(), 0, None
+        try:
+            with open(shard.path, "rb") as file:
+                head = file.read(shard.offset)
+                sha.update(head)
+                done += len(head)
+                while chunk := file.read(CHUNK):
+                    sha.update(chunk)
+                    beyond = np.frombuffer(chunk, DTYPE) >= VOCAB_SIZE
+                    if bad is None and beyond.any():
+                        bad = token + int(beyond.argmax())
+                    token += len(beyond)
+                    done += len(chunk)
+                    if progress:
+                        progress(done, total)
+        except OSError as error:
+            problems.append(str(_unreadable(shard.path, error)))
+            continue
+        if bad is not None:
+            problems.append(f"shard {shard.path}: token {bad:,} is beyond id {EOT}")
+        elif shard.sha256 not in (None, sha.hexdigest()):
+            problems.append(f"shard {shard.path}: SHA-256 differs from its manifest's")
     if problems:
         raise ValueError("; ".join(problems) + ": prepare or fetch these again")
 
@@ -1001,7 +1004,7 @@ def _wrong_tokens(tokens: np.ndarray, begin: int) -> Iterator[str]:
 
 def _safe(text: bytes) -> str:
     """Bytes of a corpus as one line that no terminal takes for a command."""
-    decoded = text.decode("utf-8", "replace")
+    decoded = text.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
 
