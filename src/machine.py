@@ -63,3 +63,28 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def compiled(model, ids_BT, autocast, asked: bool | None):
+    """torch.compile of model's loss, or the model itself where that fails and nobody asked for it.
+
+    Tried at once on ids (micro-batch, T+1), forward and backward, so that trouble shows before the
+    run begins; leaves gradients behind. The model itself stays as it is, for evaluation. With
+    `asked`, trouble is a ValueError.
+    """
+    print("compiling the training pass, about a minute the first time ...", flush=True)
+    train_model = torch.compile(model)
+    try:
+        with autocast():
+            loss = train_model(ids_BT[:, :-1], ids_BT[:, 1:])
+        loss.backward()
+        return train_model
+    except Exception as error:  # whatever a compiler can think of
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if asked:
+            raise ValueError(
+                f"--compile: torch.compile does not work here ({reason}); install a C++ compiler "
+                "(on a GPU also Triton), or use --no-compile"
+            ) from error
+        print(f"WARNING torch.compile does not work here ({reason}): training without it")
+        return model

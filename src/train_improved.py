@@ -425,7 +425,7 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.AdamW:
 
 
 class Distributed:
-    """This process among the others, as torchrun's (or Slurm's) environment says; alone without."""
+    """This process among the others, as torchrun's environment says; alone without it."""
 
     def __init__(self, device: str | None, hang_timeout: float):
         env = os.environ
@@ -597,6 +597,8 @@ def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> 
 # All of it runs the plain model, never the compiled one, and draws from generators of its own:
 # training goes on with the same numbers whether or not it was evaluated.
 
+EVAL_TOKENS = 16_384  # in a forward pass without gradients
+
 
 def validation_loss(run: "Run") -> float:
     """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order."""
@@ -604,7 +606,7 @@ def validation_loss(run: "Run") -> float:
     num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
     mine = np.arange(dist.rank, num_windows, dist.world_size)
     batch_size = max(1, EVAL_TOKENS // cfg.seq_len)
-    total = torch.zeros((), dtype=torch.float64)
+    sums = []  # on the device: the host waits for them once, at the end
     for start in range(0, len(mine), batch_size):
         run.poll()
         windows = run.val_data.windows_in_order(mine[start : start + batch_size])
@@ -612,12 +614,9 @@ def validation_loss(run: "Run") -> float:
         with torch.inference_mode(), run.autocast():
             x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
             targets = batch[:, 1:].reshape(-1)
-            losses = next_token_losses(x_NC, run.model.lm_head.weight, targets)
-        total += losses.double().sum().cpu()
+            sums.append(next_token_losses(x_NC, run.model.lm_head.weight, targets).sum())
+    total = torch.tensor([float(x) for x in sums], dtype=torch.float64).sum()
     return float(dist.sum(total)) / (num_windows * cfg.seq_len)
-
-
-EVAL_TOKENS = 16_384  # of a forward pass without gradients
 
 
 def hellaswag_accuracy(run: "Run") -> float:
@@ -715,14 +714,19 @@ class Monitor:
 
             self.folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
             self.new_log = tensorboard_log.TensorBoardLog
-            # A step whose evaluation a stop cut short is evaluated again, so it is logged again.
-            self.log = self.new_log(self.folder, state.step + 1 if state.step else 0, self.say)
+            fresh = state.step == 0 and state.evaluated_step < 0
+            elsewhere = run.resumed_from is not None and not run.resumes_own_name
+            self.log = self.new_log(
+                self.folder, 0 if fresh else state.step + 1, self.say, new_timeline=elsewhere
+            )
             charts = {
                 group: {title: ["Multiline", tags] for title, tags in charts.items()}
                 for group, charts in self.LAYOUT.items()
             }
             self.log.layout(charts)
-            self.log.hparams(dataclasses.asdict(cfg), list(self.METRICS))
+            fields = dataclasses.fields(cfg)
+            numeric = [f.name for f in fields if f.type in (int | None, float | None)]
+            self.log.hparams(dataclasses.asdict(cfg), list(self.METRICS), numeric)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -842,6 +846,7 @@ class Run:
     loss_scale: LossScale | None = None
     state: TrainState = dataclasses.field(default_factory=TrainState)
     resumed_from: Path | None = None
+    resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
     poll: Callable[[], None] = lambda: None  # called often: notices signals, may raise
@@ -943,11 +948,11 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
         if state.consecutive_skips and not all(p.isfinite().all() for p in params):
             monitor.say(f"WARNING step {state.step}: weights are not finite, no checkpoint written")
             return
-        if state.evaluated_step == state.step and state.validation_loss < state.best_saved_loss:
+        evaluated = state.evaluated_step == state.step and due(cfg.eval_freq, state, cfg)
+        if evaluated and state.validation_loss < state.best_saved_loss:
             state.best_saved_loss, state.best_saved_step = state.validation_loss, state.step
         monitor.flush()
         pause()
-        evaluated = state.evaluated_step == state.step and due(cfg.eval_freq, state, cfg)
         saver.save(
             checkpoint_files.step_path(folder, state.step),
             checkpoint_of(run),
@@ -983,7 +988,7 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             # A step: batch, gradients, then (while the device works) the previous step's metrics.
             try:
                 batch = loader.next_batch(run.poll)
-            except ValueError as error:  # a shard went bad under us: keep the work, name the shard
+            except (ValueError, OSError) as error:  # a shard went bad: keep the work, name it
                 raise StopRequested(2, str(error)) from None
             loss = forward_backward(run, train_model, batch)
             settle()
@@ -1081,39 +1086,6 @@ def default_data(dist: Distributed) -> str:
     return SAMPLE_DIR
 
 
-def compile_training_pass(run: Run) -> nn.Module:
-    """torch.compile the loss for training; evaluation and sampling keep the plain model. Tried on
-    one micro-batch now, so that trouble with the compiler shows before the run begins."""
-    cfg, dist = run.cfg, run.dist
-    by_choice = cfg.compile is None
-    if by_choice:
-        cfg.compile = dist.device.type == "cuda"
-    if not cfg.compile:
-        return run.model
-    if dist.is_main:
-        print("compiling the training pass, about a minute ...", flush=True)
-    compiled = torch.compile(run.model)
-    try:
-        batch = torch.zeros(cfg.micro_batch_size, cfg.seq_len + 1, dtype=torch.long)
-        batch = batch.to(dist.device)
-        with run.autocast():
-            loss = compiled(batch[:, :-1], batch[:, 1:])
-        loss.backward()
-        run.optimizer.zero_grad(set_to_none=True)
-        return compiled
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not by_choice:
-            raise ValueError(
-                f"--compile: torch.compile does not work here ({first_line}); install a C++ "
-                "compiler (and Triton for CUDA), or use --no-compile"
-            ) from error
-        cfg.compile = False
-        print(f"WARNING torch.compile does not work here ({first_line}): training without it")
-        run.optimizer.zero_grad(set_to_none=True)
-        return run.model
-
-
 def new_run_name(model: str) -> str:
     """Model and time; under torchrun also its run id, so that its restarts find the run again."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -1183,6 +1155,7 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     dtype = getattr(torch, cfg.dtype)
     asked = set(given) | set(checkpoint["asked"] if checkpoint else ())
     run = Run(cfg, asked, dist, train_data, val_data, items, dtype, resumed_from=path)
+    run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
@@ -1239,7 +1212,15 @@ def build(run: Run, checkpoint: dict | None):
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
         restore(run, checkpoint)
-    train_model = compile_training_pass(run)
+    asked_to_compile = cfg.compile
+    if cfg.compile is None:
+        cfg.compile = dist.device.type == "cuda"
+    train_model = run.model
+    if cfg.compile:
+        ids = torch.zeros(cfg.micro_batch_size, cfg.seq_len + 1, dtype=torch.long).to(dist.device)
+        train_model = machine.compiled(run.model, ids, run.autocast, asked_to_compile)
+        cfg.compile = train_model is not run.model
+        run.optimizer.zero_grad(set_to_none=True)
     if dist.world_size > 1:
         train_model = nn.parallel.DistributedDataParallel(
             train_model, gradient_as_bucket_view=True, broadcast_buffers=False

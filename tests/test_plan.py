@@ -1,0 +1,134 @@
+"""What is decided before the first step: the reference run's plan, resume rules, help."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train_improved as ti
+from conftest import SCRIPT, run
+from test_training import checkpoint, logged
+
+
+def sparse_shards(folder, train_tokens, val_tokens):
+    """Shards of zeros that take no disk: only their sizes are real."""
+    folder.mkdir()
+    for split, count in (("train", train_tokens), ("val", val_tokens)):
+        path = folder / f"nominal_{split}_000000.bin"
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, min(count, 2**31 - 1)
+        shards = -(-count // 1_000_000_000)
+        for i in range(shards):
+            tokens = min(1_000_000_000, count - i * 1_000_000_000)
+            header[2] = tokens
+            path = folder / f"nominal_{split}_{i:06d}.bin"
+            with path.open("wb") as file:
+                file.write(header.tobytes())
+                file.truncate(1024 + 2 * tokens)
+
+
+def test_the_reference_run_is_95365_steps(tmp_path):
+    sparse_shards(tmp_path / "nominal", 10_000_000_000, 100_000_000)
+    flags = ["--model", "gpt2", "--data_dir", "nominal", "--dry_run", "--device", "cpu"]
+    out, err = run(*flags, cwd=tmp_path, small=False)
+    assert err == ""
+    for words in (
+        "124,439,808 parameters",
+        "524,288 tokens a step",
+        "95,365 steps",
+        "(19,073 steps each)",
+        "warm-up 715 steps to 0.0006, then cosine to 6e-05",
+        "weight decay 0.1",
+        "clipped at 1,",
+        "10,000,000,000 training tokens",
+    ):
+        assert words in out, out
+    for name in ti.Config.__dataclass_fields__:
+        assert f"  --{name} " in out
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "runs").exists()
+
+
+def test_max_steps_and_epochs(tmp_path, data):
+    out, _ = run("--epochs", "2", "--dry_run", cwd=tmp_path, data=data)
+    assert "156 steps" in out  # 2 x floor(20,000 / 256)
+    out, _ = run("--epochs", "2", "--max_steps", "9", "--dry_run", cwd=tmp_path, data=data)
+    assert "9 steps" in out
+
+
+def test_help_is_quick_and_names_every_flag():
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in ti.Config.__dataclass_fields__:
+        assert re.search(rf"--{name}\b", done.stdout), name
+
+
+def test_checkpoint_is_plain(tmp_path, data):
+    run("--max_steps", "2", "--eval_freq", "0", "--run_name", "a", cwd=tmp_path, data=data)
+    saved = torch.load(checkpoint(tmp_path, 2), weights_only=True)
+    assert saved["step"] == 2 and saved["config"]["n_embd"] == 16
+    assert "transformer.h.0.attn.c_attn.weight" in saved["model"]
+    assert saved["model"]["transformer.wte.weight"].shape == (50257, 16)
+    assert not any("_orig_mod" in k or "module." in k for k in saved["model"])
+    size = checkpoint(tmp_path, 2).stat().st_size
+    assert size < 1.05 * 12 * 811_216, "the tied matrix is stored once"
+
+
+@pytest.mark.parametrize("nproc, micro", [(2, 2), (None, 1)])
+def test_resume_on_another_process_count_or_micro_batch(tmp_path, data, nproc, micro):
+    flags = "--max_steps 10 --eval_freq 5 --sample_freq 0 --checkpoint_freq 5 --use_tensorboard"
+    run(*flags.split(), "--run_name", "a", cwd=tmp_path, data=data)
+    resume = ["--resume", str(checkpoint(tmp_path, 5)), "--run_name", "b", "--use_tensorboard"]
+    resume += ["--micro_batch_size", micro]
+    run(*resume, cwd=tmp_path, small=False, nproc=nproc)
+    one, two = (logged(tmp_path / "runs" / name) for name in "ab")
+    for (step, value), (step_, value_) in zip(
+        one["Loss/train"][5:], two["Loss/train"], strict=True
+    ):
+        assert step == step_ and value == pytest.approx(value_, rel=1e-5)
+    assert one["Training/epoch"][5:] == two["Training/epoch"]
+
+
+ITEM = {"activity_label": "Walking", "ctx": "A man walks into a bar. He", "label": 1}
+
+
+def test_hellaswag_while_training(tmp_path, data):
+    with (tmp_path / "items.jsonl").open("w") as file:
+        for i in range(7):
+            endings = [f"sits down {i}.", "orders a drink.", "flies away to the moon.", "is a bar."]
+            file.write(json.dumps(ITEM | {"ind": i, "endings": endings, "label": i % 4}) + "\n")
+    flags = "--max_steps 4 --eval_freq 2 --use_tensorboard --hellaswag_file items.jsonl"
+    values = {}
+    for name, nproc in (("one", None), ("two", 2)):
+        out, _ = run(*flags.split(), "--run_name", name, cwd=tmp_path, data=data, nproc=nproc)
+        assert "of 7 items" in out
+        values[name] = logged(tmp_path / "runs" / name)["Evaluation/hellaswag_accuracy"]
+    assert [step for step, _ in values["one"]] == [0, 2, 4]
+    assert values["one"] == values["two"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_learns_too(tmp_path, data, dtype):
+    flags = ["--dtype", dtype, "--max_steps", "12", "--use_tensorboard", "--run_name", "a"]
+    run(*flags, "--sample_freq", "0", cwd=tmp_path, data=data)
+    losses = logged(tmp_path / "runs" / "a")["Loss/train"]
+    assert losses[0][1] > 10.5 and losses[-1][1] < 9.8
+
+
+def test_compiled_training_equals_eager(tmp_path, data):
+    """On a CPU too, where a compiler is installed; without one the error says what to do."""
+    flags = "--max_steps 4 --eval_freq 2 --sample_freq 2 --use_tensorboard".split()
+    run(*flags, "--run_name", "eager", cwd=tmp_path, data=data)
+    from conftest import start
+
+    process = start(*flags, "--run_name", "compiled", "--compile", cwd=tmp_path, data=data)
+    _, err = process.communicate(timeout=300)
+    if process.returncode == 2:
+        assert "--compile: torch.compile does not work here" in err and "--no-compile" in err
+        pytest.skip("no working C++ compiler")
+    assert process.returncode == 0, err
+    one, two = (logged(tmp_path / "runs" / n)["Loss/train"] for n in ("eager", "compiled"))
+    assert [v for _, v in one] == pytest.approx([v for _, v in two], rel=1e-4)
