@@ -16,10 +16,9 @@ from conftest import ROOT, environment, run, start
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
 
 FAULTY = ROOT / "tests" / "faulty.py"
-LENGTH = (
-    "--max_steps 20 --eval_freq 0 --sample_freq 0 --checkpoint_freq 5 --histogram_freq 0".split()
-)
-FLAGS = [*LENGTH, "--use_tensorboard", "--run_name", "a"]
+QUIET = "--eval_freq 0 --sample_freq 0 --histogram_freq 0 --run_name a".split()
+LENGTH = [*QUIET, "--max_steps", "20", "--checkpoint_freq", "5"]
+FLAGS = [*LENGTH, "--use_tensorboard"]
 
 
 def faulty(kind, first, last, *flags, cwd, data, **options):
