@@ -25,6 +25,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -756,14 +757,17 @@ class BackgroundSaver:
             )
             return
         try:
-            arena = torch.empty(max(total, 64), dtype=torch.uint8)
+            raw = mmap.mmap(-1, max(total, 64), access=mmap.ACCESS_COPY)  # private, no file
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without: a copy takes 30% longer
+                    raw.madvise(mmap.MADV_HUGEPAGE)
+            arena = torch.frombuffer(raw, dtype=torch.uint8)
             arena.zero_()  # touches every page now, with all threads, and not in the first save
-        except (RuntimeError, MemoryError):  # a limit that /proc does not know (ulimit -v)
+        except OSError:  # a limit that /proc does not know (ulimit -v)
             self._stay_synchronous(f"{_size(total)} of memory for a copy cannot be had")
             return
         pinned = bool(cuda) and _pin(arena)
         self._arenas.append((arena, pinned))
-        raw = arena.numpy()
         for where, (offset, layout) in missing.items():
             # Each buffer gets a storage of its own length, so that saving one does not save all.
             flat = (
