@@ -434,11 +434,29 @@ class Distributed:
         self.is_main = self.rank == 0
         self.device = self._choose(device)
         self.store = None
-        if "RANK" in env and self.world_size > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.world_size > 1:
             timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
-            torch.distributed.init_process_group(backend, timeout=timeout)
-            self.store = torch.distributed.distributed_c10d._get_default_store()
+            self.store = self._shared_store(timeout)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(
+                backend,
+                store=self.store,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timeout,
+            )
+
+    def _shared_store(self, timeout: timedelta) -> torch.distributed.Store:
+        """torchrun's key-value store, with keys of this attempt only: after a restart gloo would
+        otherwise find the addresses of the processes that died, and wait for them."""
+        env = os.environ
+        hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        store = torch.distributed.TCPStore(
+            address, port, self.world_size, is_master=self.is_main and not hosted, timeout=timeout
+        )
+        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return torch.distributed.PrefixStore(f"attempt_{attempt}", store)
 
     def _choose(self, name: str | None) -> torch.device:
         if name is None:
