@@ -85,7 +85,7 @@ def command_lines() -> list[tuple[str, str]]:
 
 def calls(line: str) -> list[tuple[str, list[str]]]:
     """[(program, its arguments)] of a command line; `python src/x.py` is program "src/x"."""
-    words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z]+=", word)]
+    words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
     found, first = [], True
     for word in words:
         script = re.fullmatch(r"((?:src|benchmarks)/\w+)\.py", word)
@@ -327,6 +327,15 @@ def test_every_line_of_the_summary_is_explained():
     sample = next(content for language, content in blocks(section) if language == "text")
     assert [line.split()[0] for line in sample.splitlines()] == names
     assert re.findall(r"^\| `(\w+)` \|", section, re.M) == names
+    cfg = ti.Config()
+    ti.resolve_model(cfg, "cpu")
+    ti.resolve_length(cfg, 1_279_529)
+    batch, steps = cfg.total_batch_size, cfg.max_steps
+    assert f" {batch:,} tokens a step = " in sample
+    assert f" {steps:,} steps = {steps * batch:,} tokens = " in sample
+    assert f"warm-up {cfg.warmup_steps} steps to {cfg.max_lr:g}, then cosine to" in sample
+    assert f"the first {cfg.val_tokens:,} of" in sample
+    assert f"{batch:,} tokens a step: minutes" in DOCS["QUICK_START.md"]
 
 
 def test_quoted_messages_are_in_the_code():
