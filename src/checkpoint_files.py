@@ -36,7 +36,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -826,9 +825,7 @@ class BackgroundSaver:
             return buffer
 
         copied = _map_unique(state, copy)
-        if moves:
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                list(pool.map(ctypes.memmove, *zip(*moves, strict=True)))
+        _move_all(moves)
         for device in devices:
             torch.cuda.synchronize(device)
         self._thread = threading.Thread(
@@ -891,6 +888,22 @@ class BackgroundSaver:
 
                 torch.cuda.cudart().cudaHostUnregister(arena.data_ptr())
         self._arenas = []
+
+
+def _move_all(moves: list[tuple[int, int, int]]) -> None:
+    """Copy (destination, source, bytes) for all, in this thread and up to three more."""
+    rest = iter(moves)  # each thread takes the next, so that none waits for a slow one
+
+    def work():
+        for move in rest:
+            ctypes.memmove(*move)  # lets other threads run
+
+    helpers = [threading.Thread(target=work) for _ in range(min(4, os.cpu_count() or 1) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
 
 
 class _LayoutChanged(Exception):
