@@ -958,6 +958,12 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
         state.total_seconds += now - mark
         mark = now
 
+    def remove_old(best_step):  # in the saver's thread, after a checkpoint has safely landed
+        for warning in checkpoint_files.retain(
+            folder, cfg.keep_checkpoints, cfg.keep_every, best_step
+        ):
+            monitor.say(f"WARNING {warning}")
+
     def save():
         nonlocal saved
         settle()
@@ -975,9 +981,7 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             checkpoint_files.step_path(folder, state.step),
             checkpoint_of(run),
             info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=lambda best=state.best_saved_step: checkpoint_files.retain(
-                folder, cfg.keep_checkpoints, cfg.keep_every, best
-            ),
+            on_done=lambda best=state.best_saved_step: remove_old(best),
         )
         saved = (state.step, state.evaluated_step)
         pause()
@@ -1247,11 +1251,10 @@ def build(run: Run, checkpoint: dict | None):
     loader = data_shards.StepLoader(
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
     )
-    saver = None
-    if dist.is_main:
-        saver = checkpoint_files.BackgroundSaver()
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
-    return train_model, loader, saver, Monitor(run, peak)
+    monitor = Monitor(run, peak)
+    saver = checkpoint_files.BackgroundSaver(monitor.say) if dist.is_main else None
+    return train_model, loader, saver, monitor
 
 
 def main() -> int:
