@@ -215,9 +215,10 @@ def score(
     """
     if not items:
         return []
-    device = model.lm_head.weight.device
-    if batch_tokens is None:
-        batch_tokens = 1024 if device.type == "cpu" else 16_384
+    weight = model.lm_head.weight
+    device = weight.device
+    if batch_tokens is None:  # logits that malloc can reuse (below 32 MB), against a busy GPU
+        batch_tokens = 256 if device.type == "cpu" else 16_384
     multiple = 1 if device.type == "cpu" else 32  # few different shapes: GPU memory is reused
 
     fitted = [_fit(item, model.seq_len) for item in items]
@@ -225,6 +226,8 @@ def score(
     order = sorted(range(len(items)), key=lambda i: -lengths[i])  # alike together: little padding
     losses, start = [], 0
     with autocast():
+        if torch.is_autocast_enabled(device.type):  # once, and not in each pass
+            weight = weight.to(torch.get_autocast_dtype(device.type))
         while start < len(order):
             T = math.ceil(lengths[order[start]] / multiple) * multiple
             batch = order[start : start + max(1, batch_tokens // T)]
@@ -236,7 +239,7 @@ def score(
             rows, targets = _to_device(predictions, device)
             x_BTC = model.features(idx, positions, _tree_mask(segments))
             x_NC = x_BTC.flatten(0, 1)[rows]
-            losses.append(next_token_losses(x_NC, model.lm_head.weight, targets))
+            losses.append(next_token_losses(x_NC, weight, targets))
             if progress is not None:
                 progress(len(batch))
 
@@ -418,12 +421,15 @@ def _choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+@contextlib.contextmanager
 def _progress(total: int, name: str):
-    """A bar on a terminal, else a line now and then -> a function to call with items done."""
-    from tqdm import tqdm
-
+    """Gives a function to call with items done: it draws a bar on a terminal, else rare lines."""
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=name, unit="item", leave=False).update
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=name, unit="item", leave=False) as bar:
+            yield bar.update
+        return
     done, last = 0, time.monotonic()
 
     def update(n: int) -> None:
@@ -433,7 +439,7 @@ def _progress(total: int, name: str):
             last = time.monotonic()
             print(f"  {name}: {done:,} of {total:,} items", file=sys.stderr, flush=True)
 
-    return update
+    yield update
 
 
 def _write_results(path, results: dict[str, list[Result]]) -> None:
@@ -441,7 +447,6 @@ def _write_results(path, results: dict[str, list[Result]]) -> None:
     first = next(iter(results.values()))
     harness = results.get("harness")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             for i, r in enumerate(first):
                 line = {name: getattr(r, name) for name in ("ind", "label", "predicted", "losses")}
@@ -461,6 +466,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if not Path(args.file).exists():
         raise ValueError(f"{args.file} is not there: add --download to fetch it, or name another")
     items = {name: load_items(args.file, name)[: args.limit] for name in wanted}
+    if args.out:
+        checkpoint_files.check_writable(Path(args.out).parent)
     path = args.checkpoint or "latest"
     if path == "latest":
         path, skipped = checkpoint_files.find_latest_anywhere("checkpoints")
@@ -478,8 +485,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     results, start = {}, time.monotonic()
     for name in wanted:
-        update = _progress(len(items[name]), name)
-        results[name] = score(model, items[name], autocast=autocast, progress=update)
+        with _progress(len(items[name]), name) as update:
+            results[name] = score(model, items[name], autocast=autocast, progress=update)
     seconds = time.monotonic() - start
     scored = results[wanted[0]]
     if not all(math.isfinite(loss) for rs in results.values() for r in rs for loss in r.losses):
@@ -494,7 +501,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if convention in results:
             p = accuracy(results[convention], attribute)
             error = math.sqrt(p * (1 - p) / n)
-            gpt2, gpt3 = (str(reference.get(model, "")) for model in ("GPT-2", "GPT-3"))
+            gpt2, gpt3 = reference.get("GPT-2", ""), reference.get("GPT-3", "")
             print(f"{name:20}{p:>10.4f}{error:>8.4f}   {gpt2:>10}  {gpt3:>10}    0.25")
     print("± is one standard error of the sample of items")
     if n != NUM_ITEMS:
@@ -533,6 +540,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"hellaswag.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -424,7 +424,7 @@ def test_command_says_when_figures_are_not_comparable(workplace, capsys):
     write_items(workplace / "other.jsonl", records)
     assert hellaswag.main(["--file", "other.jsonl", "--limit", "2", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "2 items" in text and "no ctx_a and ctx_b" in text
+    assert ": 2 items" in text and "no ctx_a and ctx_b" in text
 
 
 def test_command_downloads_and_then_says_what_next(workplace, capsys):
@@ -453,7 +453,7 @@ def test_command_refuses_bad_input_in_one_sentence(workplace, capsys):
         ("--file", "broken.jsonl"): "line 2",
         ("--limit", "0"): "--limit 0",
         ("--device", "gpu"): "--device gpu",
-        ("--out", f"{checkpoint}/x"): "--out",
+        ("--out", f"{checkpoint}/x"): "cannot write",
         ("--download", "--url", "http://127.0.0.1:9/x", "--file", "n.jsonl"): "cannot download",
     }
     for arguments, reason in cases.items():
