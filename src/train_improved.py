@@ -65,6 +65,9 @@ TRAINING = {
     "gpt2-large": REFERENCE | {"max_lr": 2.5e-4},
     "gpt2-xl": REFERENCE | {"max_lr": 2e-4},
 }
+# The sample corpus is a first look: enough steps of the larger models to see the loss fall.
+SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "val_tokens": 65_536}
+FINEWEB_DIR, SAMPLE_DIR = "data/fineweb_edu_10B", "data/sample"
 WARMUP_TOKENS = 375e6  # 715 steps of the reference run
 
 
@@ -203,9 +206,14 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
 
 
 def resolve_model(cfg: Config, device: str) -> None:
-    """Fill in what follows from the model's size and the device."""
+    """Fill in what follows from the model's size, the device and the data there is."""
     cfg.model = cfg.model or ("gpt2" if device == "cuda" else "tiny")
-    for name, value in (PRESETS[cfg.model] | TRAINING[cfg.model]).items():
+    if cfg.data_dir is None:
+        cfg.data_dir = FINEWEB_DIR if Path(FINEWEB_DIR, "manifest.json").exists() else SAMPLE_DIR
+    defaults = PRESETS[cfg.model] | TRAINING[cfg.model]
+    if cfg.data_dir == SAMPLE_DIR and cfg.model != "tiny":
+        defaults |= SAMPLE_RUN
+    for name, value in defaults.items():
         if getattr(cfg, name) is None and not (name == "max_steps" and cfg.epochs is not None):
             setattr(cfg, name, value)
     cfg.hellaswag_freq = cfg.eval_freq if cfg.hellaswag_freq is None else cfg.hellaswag_freq
@@ -738,7 +746,10 @@ class Monitor:
                 self.folder, 0 if fresh else state.step + 1, self.say, new_timeline=elsewhere
             )
             charts = {
-                group: {title: ["Multiline", tags] for title, tags in charts.items()}
+                # tags are regular expressions there: without $ validation brings validation_best
+                group: {
+                    title: ["Multiline", [f"{t}$" for t in tags]] for title, tags in charts.items()
+                }
                 for group, charts in self.LAYOUT.items()
             }
             self.log.layout(charts)
@@ -1086,26 +1097,17 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
 
 # --- Set-up ---------------------------------------------------------------------------------------
 
-FINEWEB_DIR, SAMPLE_DIR = "data/fineweb_edu_10B", "data/sample"
 
-
-def default_data(dist: Distributed) -> str:
-    """FineWeb-Edu if it was prepared, else a sample corpus from text that Python carries."""
-    if Path(FINEWEB_DIR, "manifest.json").exists():
-        return FINEWEB_DIR
-
-    def build():
-        print(
-            f"No data prepared: training on a small sample corpus in {SAMPLE_DIR}, made from the "
-            "documentation inside this Python installation.\nFor the real run prepare FineWeb-Edu: "
-            "python src/prepare_data.py (28 GB download; see QUICK_START.md)",
-            flush=True,
-        )
-        if not Path(SAMPLE_DIR, "manifest.json").exists():
-            data_shards.sample_corpus(SAMPLE_DIR)
-
-    dist.on_main(build)
-    return SAMPLE_DIR
+def build_sample_corpus() -> None:
+    """A small corpus from text that every Python installation carries, if it is not there yet."""
+    print(
+        f"No data prepared: training on a small sample corpus in {SAMPLE_DIR}, made from the "
+        "documentation inside this Python installation.\nFor the real run prepare FineWeb-Edu: "
+        "python src/prepare_data.py (28 GB download; see QUICK_START.md)",
+        flush=True,
+    )
+    if not Path(SAMPLE_DIR, "manifest.json").exists():
+        data_shards.sample_corpus(SAMPLE_DIR)
 
 
 def new_run_name(model: str) -> str:
@@ -1148,7 +1150,8 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     validate(cfg, dist.world_size)
     cfg.run_name = name or (checkpoint and checkpoint["run_name"])
     cfg.run_name = cfg.run_name or dist.on_main(lambda: new_run_name(cfg.model))
-    cfg.data_dir = cfg.data_dir or default_data(dist)
+    if cfg.data_dir == SAMPLE_DIR:
+        dist.on_main(build_sample_corpus)
     train_data = data_shards.open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
     val_data = data_shards.open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
     if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
@@ -1215,6 +1218,10 @@ def preflight(run: Run, checkpoint: dict | None) -> None:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
         run.locks.append(checkpoint_files.RunLock().acquire(path))
     checkpoint_files.sweep(folder)
+    for beyond in existing if run.resumes_own_name else ():
+        if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
+            beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
+            print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
     need, free = run_summary.checkpoint_bytes(run.model), checkpoint_files.free_bytes(folder)
     if free < 2 * need:
         print(
@@ -1244,9 +1251,7 @@ def build(run: Run, checkpoint: dict | None):
         cfg.compile = train_model is not run.model
         run.optimizer.zero_grad(set_to_none=True)
     if dist.world_size > 1:
-        train_model = nn.parallel.DistributedDataParallel(
-            train_model, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        train_model = nn.parallel.DistributedDataParallel(train_model, gradient_as_bucket_view=True)
     windows = cfg.total_batch_size // cfg.seq_len
     loader = data_shards.StepLoader(
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position

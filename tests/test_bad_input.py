@@ -230,6 +230,17 @@ def test_a_second_run_of_the_same_name_is_refused(trained):
         lock.release()
 
 
+def test_an_older_checkpoint_resumed_sets_the_newer_ones_aside(cwd):
+    flags = (*D, "--max_steps", "6", "--eval_freq", "0", "--run_name", "a")
+    run(*flags, "--checkpoint_freq", "2", cwd=cwd)
+    folder = cwd / "checkpoints" / "a"
+    out, _ = run("--resume", folder / "step_00000002.pt", "--max_steps", "3", cwd=cwd, small=False)
+    assert "beyond the resumed step" in out
+    names = sorted(p.name for p in folder.glob("*.pt"))
+    aside = [f"set_aside_step_0000000{step}.pt" for step in (4, 6)]
+    assert names == [*aside, "step_00000002.pt", "step_00000003.pt"]
+
+
 def test_resume_auto_starts_fresh_where_there_is_nothing(cwd):
     flags = (*D, "--resume", "auto", "--run_name", "a", "--max_steps", "2", "--eval_freq", "0")
     run(*flags, cwd=cwd)
