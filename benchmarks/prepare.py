@@ -96,8 +96,7 @@ def usual_recipe(path: Path, out: Path) -> int:
 
 
 def encode_share(texts: list[str], joined: bool, barrier, queue) -> None:
-    prepare_data.ENCODER = encoder = get_tokenizer()
-    encoder.encode_ordinary("warm")
+    encoder, _ = prepare_data.encoders()
     barrier.wait()
     started, total = time.perf_counter(), 0
     if joined:

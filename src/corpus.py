@@ -321,7 +321,10 @@ def open_parquet(path: str, size: int, key: str):
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(RemoteFile(path, size) if "://" in path else path)
+        if "://" in path:  # a column of a row group in one request
+            parquet = pq.ParquetFile(RemoteFile(path, size), pre_buffer=True)
+        else:  # page by page, however large a row group is
+            parquet = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (OSError, pa.ArrowException) as e:
         raise ValueError(f"{path} is no whole Parquet file ({e}): fetch it again") from None
     if key not in parquet.schema_arrow.names:

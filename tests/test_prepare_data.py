@@ -155,7 +155,6 @@ def fineweb_folder(folder: Path, documents, whole: bool) -> Path:
 
 def read_here(tmp_path, *sources, place=(0, 0), **flags) -> tuple[np.ndarray, Counter, list]:
     """Tokens, counts and damage of sources, read and tokenized unit by unit in this process."""
-    prepare_data.ENCODER = get_tokenizer()
     names = ("name", "split", "val_split", "revision", "format")
     args = argparse.Namespace(**{name: flags.get(name) for name in names})
     files = [f for s in sources for f in corpus.find_files(str(s), "train", args, "")[0]]
@@ -295,11 +294,45 @@ def test_standard_input(tmp_path, kind):
 # --- Exactness ------------------------------------------------------------------------------------
 
 
+def random_texts(rng: random.Random, n: int) -> list[str]:
+    """Texts out of what the two patterns and the search for white space could get wrong."""
+    spaces = " \t\n\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u200a\u200b\u2028\u2029\u202f"
+    spaces += "\u205f\u3000\u180e\ufeff"
+    words = [
+        "'",
+        "'s",
+        "'ll",
+        "’",
+        "e\u0301",
+        "ª",
+        "ǅ",
+        "٣²½",
+        "👍🏽",
+        "\u0378",
+        "\0",
+        "<|endoftext|>",
+    ]
+    pool = [*" " * 30, *"\n" * 10, *spaces, *"abcsdmtlvreXYZ0123!?.,-_<|>éñ日本🙂", *words]
+    some = ["".join(rng.choices(pool, k=rng.choice([0, 1, 2, 3, 5, 10, 30]))) for _ in range(n)]
+    kinds = [(0x21, 0x300), (0x21, 0x3100), (0x3100, 0xD800), (0xE000, 0x110000)]
+    anything = ("".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(9)) for _ in range(n))
+    return some + [text + rng.choice(spaces) * rng.randrange(3) for text in anything]
+
+
+def test_the_faster_pattern_gives_the_same_tokens(monkeypatch):
+    seed = int(os.environ.get("PREPARE_SEED", random.randrange(1 << 30)))
+    print("PREPARE_SEED =", seed)
+    texts = random_texts(random.Random(seed), 10_000)
+    assert 0.2 < sum(map(prepare_data.is_simple, texts)) / len(texts) < 0.95
+    assert np.array_equal(prepare_data.encode_documents(texts, Counter()), recount(texts))
+    monkeypatch.setattr(prepare_data, "BATCH", 50)
+    assert np.array_equal(prepare_data.encode_text("".join(texts)), recount(["".join(texts)])[1:])
+
+
 @pytest.mark.parametrize(
     "unit", ["a", "ab", "the", "1", "!", "'", "=", " ", "\n", "日本", "🙂", "ÃÂ", 0]
 )
 def test_long_runs_in_windows_are_exact(monkeypatch, unit):
-    prepare_data.ENCODER = get_tokenizer()
     monkeypatch.setattr(prepare_data, "LONG_RUN", 2048)
     monkeypatch.setattr(prepare_data, "SEAM", 16)
     rng = random.Random(0)
@@ -315,7 +348,6 @@ def test_long_runs_in_windows_are_exact(monkeypatch, unit):
 
 def test_a_million_spaces_before_a_word():
     """tiktoken itself fails here; its expression says: all spaces but the last are one piece."""
-    prepare_data.ENCODER = get_tokenizer()
     text = "x" + " " * 1_500_000 + "word"
     with pytest.raises(ValueError, match="stack"):
         get_tokenizer().encode(text)
