@@ -14,6 +14,7 @@ are mostly that work's.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -85,6 +86,8 @@ def main() -> None:
         for i in range(args.rounds):
             free_speed = training_steps(args.device, lambda: False)
             plain.append(seconds(lambda: torch.save(state, folder / "plain.pt")))
+            with open(folder / "plain.pt", "rb") as file:
+                os.fsync(file.fileno())  # what it left to the kernel is not to be paid by the next
             durable.append(seconds(lambda: checkpoint_files.save(folder / "sync.pt", state)))
             (folder / "sync.pt").unlink()
             path = checkpoint_files.step_path(folder, i)
