@@ -35,6 +35,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_improved.py, before torch
+
 import numpy as np
 import torch
 
