@@ -969,12 +969,6 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
         state.total_seconds += now - mark
         mark = now
 
-    def remove_old(best_step):  # in the saver's thread, after a checkpoint has safely landed
-        for warning in checkpoint_files.retain(
-            folder, cfg.keep_checkpoints, cfg.keep_every, best_step
-        ):
-            monitor.say(f"WARNING {warning}")
-
     def save():
         nonlocal saved
         settle()
@@ -992,7 +986,9 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             checkpoint_files.step_path(folder, state.step),
             checkpoint_of(run),
             info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=lambda best=state.best_saved_step: remove_old(best),
+            on_done=lambda best=state.best_saved_step: checkpoint_files.retain(
+                folder, cfg.keep_checkpoints, cfg.keep_every, best
+            ),
         )
         saved = (state.step, state.evaluated_step)
         pause()

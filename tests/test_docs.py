@@ -281,7 +281,7 @@ def test_pictures_are_shown():
 
 
 def reference_run() -> ti.Config:
-    cfg = ti.Config(model="gpt2")
+    cfg = ti.Config(model="gpt2", data_dir=ti.FINEWEB_DIR)
     ti.resolve_model(cfg, "cuda")
     ti.resolve_length(cfg, 10_000_000_000)
     return cfg
