@@ -648,9 +648,7 @@ def validation_loss(run: "Run") -> float:
 def hellaswag_accuracy(run: "Run") -> float:
     """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
     mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
-    results = hellaswag.score(
-        run.model, mine, batch_tokens=EVAL_TOKENS, autocast=run.autocast, poll=run.poll
-    )
+    results = hellaswag.score(run.model, mine, autocast=run.autocast, poll=run.poll)
     correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
     correct, total = run.dist.sum(correct).tolist()
     return correct / total
