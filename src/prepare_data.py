@@ -602,8 +602,8 @@ class Progress:
             return
         self.shown = now
         speed = (p.tokens - self.tokens) / (now - self.started)
-        written = sum(entry["bytes"] for entry in p.shards.values())
-        text = f"{short(p.tokens)} tokens, {short(speed)} tokens/s, {short(written)}B of shards"
+        written = sum(entry["bytes"] for entry in p.shards.values()) + 2 * (p.tokens - p.finished)
+        text = f"{short(p.tokens)} tokens, {short(speed)} tokens/s, {short(written)}B written"
         if self.bar is not None:
             self.bar.n = p.weight
             self.bar.set_postfix_str(text)
@@ -616,6 +616,7 @@ class Progress:
 
     def close(self) -> None:
         if self.bar is not None:
+            self.bar.n = self.preparation.weight
             self.bar.close()
 
 

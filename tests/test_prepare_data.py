@@ -521,7 +521,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
     seed = int(os.environ.get("PREPARE_SEED", random.randrange(1 << 30)))
     print("PREPARE_SEED =", seed)
     rng = random.Random(seed)
-    some = lines(BOOKS)[:600]
+    some = lines(BOOKS)[:450]
     sources = [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"]
     sources[0].write_bytes(gzip.compress(b"".join(some[:200]), 1))
     sources[1].write_bytes(b"".join(some[200:]))
@@ -533,7 +533,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
     killed, kills = tmp_path / "killed", 0
     for _ in range(5):
         workers = ("--workers", rng.choice([1, 2, 3]))
-        kills += kill_after(rng.randint(1, 14), killed, [*flags, *workers])
+        kills += kill_after(rng.randint(1, 10), killed, [*flags, *workers])
         (killed / ".prepare" / ".tmp-part_00000000.bin-1").write_bytes(b"of a killed worker")
         (killed / ".a_train_000000.bin.1.tmp").write_bytes(b"of a killed writer")
     assert kills >= 2
@@ -558,8 +558,8 @@ def test_standard_input_goes_on_and_must_be_the_same(tmp_path):
     data = source.read_bytes()
     done = subprocess.run(**command(*flags, "--out", out), input=data[:1000] + b" " + data[1000:])
     assert done.returncode == 2 and b"standard input" in done.stderr
-    kept = {name for name in before if ".tmp-" not in name and not name.endswith(".lock")}
-    assert kept == {name for name in kept if content(out)[name] == before[name]}
+    for name in before.keys() - {".prepare/.lock"}:  # parts that the journal does not name may go
+        assert "part_" in name or content(out)[name] == before[name]
     assert "going on from" in prepare(*flags, "--out", out, input=data)
     assert np.array_equal(stream(out), recount(documents))
 
@@ -794,7 +794,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     folder: Path
     repository = prepare_data.FINEWEB
     commit = prepare_data.FINEWEB_REVISION
-    cut = 5
+    cut = 7
     answers = 0
 
     def log_message(self, *_):
