@@ -1,8 +1,7 @@
 """A corpus as documents: find its files, read them, cut them into units of work.
 
 Made for prepare_data.py. Sources: data sets of the Hugging Face hub and folders laid out like one,
-resolved by `datasets`; Parquet, JSONL and plain text, local or behind a URL, also as .gz or .zst;
-standard input.
+resolved by `datasets`; Parquet, JSONL and plain text, also as .gz or .zst; standard input.
 
 A unit is a list of spans with about 2 MiB of text together. Workers read the spans of files that
 can be entered in the middle (lines, plain text, Parquet's row groups). What must be read from its
@@ -10,7 +9,7 @@ beginning (compressed files, standard input, large row groups) is read by the pr
 out units, and its spans carry the bytes. The units of a source are the same every time, and from
 the end of any of them on, so that a preparation can go on after a crash.
 
-Sections: files of a source, the hub, opening files, cutting, units, documents.
+Sections: files of a source, the hub, reading, units of work, documents.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ SAMPLE = 8 << 20  # bytes of a file that its fingerprint covers
 class SourceFile:
     """One file of the corpus (or standard input, or a data set that only `datasets` can read)."""
 
-    path: str  # a local path, a URL, "-" or the data set
+    path: str  # a local path, the hub's hf://..., "-" or the data set
     name: str  # the path below the source's folder: what is compared at a restart
     split: str  # "train" or "val"
     kind: str  # "parquet", "jsonl", "text", "datasets"; standard input: "auto" until it is read
@@ -148,7 +147,7 @@ def sign(file: SourceFile) -> SourceFile:
                     sha256.update(f.read(SAMPLE // 128))
             file.sha256 = sha256.hexdigest()
             return file
-    except Exception as e:  # aiohttp, httpx and fsspec have no common ancestor
+    except Exception as e:  # httpx, fsspec and the hub's client share no ancestor
         raise ValueError(
             f"{file.path} cannot be read: {getattr(e, 'strerror', None) or e}"
         ) from None
@@ -238,7 +237,7 @@ BACK = 64  # bytes of context that the search for a cut may look back
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind a URL; where a connection breaks, it is opened again and read on."""
+    """A file on the hub; where a connection breaks, it is opened again and read on."""
 
     WAITS = (0, 0.2, 1, 5, 15, 30, 60)  # seconds before each attempt
 
@@ -277,7 +276,7 @@ class RemoteFile(io.RawIOBase):
                     done += len(data)
                     self.position += len(data)
                 return done
-            except Exception as e:  # aiohttp, httpx and fsspec have no common ancestor
+            except Exception as e:  # httpx, fsspec and the hub's client share no ancestor
                 problem, self.file = f"{type(e).__name__}: {e}", None
         raise ValueError(f"{self.url} cannot be read ({problem}); the same command goes on later")
 

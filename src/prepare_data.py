@@ -762,6 +762,8 @@ def prepare(args: argparse.Namespace) -> int:
     fineweb = args.source == [FINEWEB] and args.name == FINEWEB_NAME
     if fineweb:  # said before the network is asked for anything
         forecast(args, FINEWEB_BYTES, FINEWEB_TOKENS, exact=True)
+        if args.dry_run:
+            return 0
     files, commits = [], {}
     for split, sources in (("val", args.val_source), ("train", args.source)):
         for source in sources:

@@ -760,6 +760,8 @@ def test_dry_run_writes_nothing(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     said = prepare("--source", source, "--out", tmp_path / "out", "--dry_run")
     assert "free" in said and "workers" in said
+    said = prepare("--out", tmp_path / "out", "--dry_run")  # of FineWeb-Edu, without a network
+    assert "28.5GB" in said and "19.9GB" in said
     assert not (tmp_path / "out").exists()
 
 
