@@ -135,3 +135,21 @@ def test_compiled_training_equals_eager(tmp_path, data):
     assert process.returncode == 0, err
     one, two = (logged(tmp_path / "runs" / n)["Loss/train"] for n in ("eager", "compiled"))
     assert [v for _, v in one] == pytest.approx([v for _, v in two], rel=1e-4)
+
+
+def test_compile_trouble_falls_back_or_is_an_error(monkeypatch, capsys):
+    import contextlib
+
+    import torch._inductor.config
+
+    import machine
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent/c++",))
+    torch._dynamo.reset()
+    model = ti.GPT(n_layer=1, n_head=1, n_embd=24, seq_len=16)
+    ids = torch.zeros(2, 17, dtype=torch.long)
+    with pytest.raises(ValueError, match="does not work here"):
+        machine.compiled(model, ids, contextlib.nullcontext, asked=True)
+    capsys.readouterr()
+    assert machine.compiled(model, ids, contextlib.nullcontext, asked=None) is model
+    assert capsys.readouterr().out.count("WARNING torch.compile does not work here") == 1
