@@ -70,9 +70,6 @@ class Supervisor:
         asked, self._save = self._save, False
         return asked
 
-    def stopping(self) -> bool:
-        return self._stop is not None
-
     def leave(self, code: int) -> None:
         """Rank 0, after its last checkpoint: tell the others to end with the same exit code."""
         if self.store is not None:

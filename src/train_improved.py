@@ -1073,7 +1073,8 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
             f"in {folder} are good. Look at Gradient/norm_unclipped before step {state.step}; a "
             "lower --max_lr or --dtype float32 are the usual remedies."
         )
-    saver.wait()
+    if saver is not None:  # rank 0
+        saver.wait()
     path = run.dist.on_main(lambda: checkpoint_files.find_latest(folder)[0]) or run.resumed_from
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")

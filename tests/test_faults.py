@@ -66,9 +66,10 @@ def tensors(tree):
             yield from tensors(value)
 
 
-def test_nan_weights_roll_back_past_the_bad_data(tmp_path, data):
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_nan_weights_roll_back_past_the_bad_data(tmp_path, data, nproc):
     flags = [*FLAGS, "--max_skips", "3"]
-    out, _ = faulty("weights", 8, 8, *flags, cwd=tmp_path, data=data)
+    out, _ = faulty("weights", 8, 8, *flags, cwd=tmp_path, data=data, nproc=nproc)
     assert "3 updates in a row were skipped" in out and "step_00000005.pt" in out
     scalars = logged(tmp_path / "runs" / "a")
     assert [s for s, _ in scalars["Loss/train"]] == list(range(1, 21)), "a clean timeline"
