@@ -85,9 +85,10 @@ class Config:
 
     data_dir: str | None = flag(
         None,
-        "folder of token shards, or a mixture 'a:0.7 b:0.3' "
+        "folder of token shards, or a mixture, a:0.7 b:0.3 "
         "[data/fineweb_edu_10B if prepared, else a small sample corpus]",
         group="data",
+        several=True,
     )
     allow_data_change: bool = flag(
         False, "resume although the data is not what the checkpoint saw", resume="machine"
