@@ -35,9 +35,14 @@ def smooth(curve, window: int, average=np.mean) -> tuple[np.ndarray, np.ndarray]
     return places, np.array([average(curve.values[a:b]) for a, b in zip(low, high, strict=True)])
 
 
+def spacing(curve) -> float:
+    """Steps from one point to the next."""
+    return float(np.median(np.diff(curve.steps))) if len(curve) > 1 else 1.0
+
+
 def is_noisy(curve, window: int) -> bool:
     """Whether a mean over the window is a mean of anything."""
-    return window > 1 and len(curve) >= 20 and np.median(np.diff(curve.steps)) * 2 <= window
+    return window > 1 and len(curve) >= 20 and spacing(curve) * 3 <= window
 
 
 def extremes(x, y):
@@ -60,6 +65,7 @@ WIDTH, HEIGHT = 6.4, 3.5  # inches: the text width of a page
 FAINT_RUNS = 3  # with more runs in a chart, raw curves behind the smooth ones would hide them
 BEADS = 40  # a curve with more points than these has no markers, or only some
 OTHER_CHARTS = 12
+LEGEND_ROW = 12 / 72  # inches
 # Okabe and Ito's palette but its yellow, which is too light for lines on paper.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
@@ -108,8 +114,8 @@ class Style:
 
 def style(i: int) -> Style:
     """Of the i-th run in a chart: none of the first 28 looks like another."""
-    n = len(COLORS)
-    return Style(COLORS[i % n], DASHES[(i + i // n) % len(DASHES)], MARKERS[i % n])
+    n = len(COLORS)  # and with each round through them the dashes are one further on
+    return Style(COLORS[i % n], DASHES[(i + 2 * (i // n)) % len(DASHES)], MARKERS[i % n])
 
 
 @dataclass
@@ -172,7 +178,8 @@ class Plot:
             for run, step in zip(self.runs, first, strict=True)
         )
         left = 0.0 if start < 0.3 * self.top else start
-        ax.set_xlim(left, self.top + 0.01 * (self.top - left) if self.top > left else left + 1)
+        margin = 0.01 * (self.top - left) or 0.5
+        ax.set_xlim(left - margin, self.top + margin)
         ax.set_xlabel(self.x_label)
         if self.kind == "steps":
             ax.xaxis.set_major_formatter("{x:,.0f}")
@@ -247,37 +254,48 @@ class Plot:
             for run in self.runs
         ]  # fmt: skip
 
-    def average_lines(self, what: str = "", point: str = "step") -> list:
-        """Legend: what is an average, and what is every point."""
+    def average_lines(self, what: str = "") -> list:
+        """Legend: what is an average, and what is not."""
         if not self.average:
             return []
         color = GREY if len(self.runs) > 1 else self.runs[0].style.color
         lines = [legend_line(f"{what}{self.average} of {self.window:,} steps", color=color)]
         if self.faint:
-            lines.append(legend_line(f"{what}every {point}", color=color, lw=0.6, alpha=0.45))
+            lines.append(legend_line(f"{what}as logged", color=color, lw=0.6, alpha=0.45))
         return lines
 
     def legend_above(self, *groups: list) -> None:
-        """Above the chart, where it hides no curve; each group of lines begins a row."""
-        longest = max((len(line.get_label()) for group in groups for line in group), default=0)
-        columns = max(1, min(max(len(group) for group in groups), 100 // (longest + 10)))
-        blank = [legend_line("", ls="none")]
-        rows = [group[i : i + columns] for group in groups for i in range(0, len(group), columns)]
-        rows = [row + blank * (columns - len(row)) for row in rows]
-        if not rows:
-            return
-        lines = [line for column in zip(*rows, strict=True) for line in column]
-        looks = {"ncols": columns, "borderaxespad": 0, "borderpad": 0.2}
-        if len(self.axes[0]) > 1:
-            self.figure.legend(handles=lines, loc="outside upper left", **looks)
-        else:
-            self.ax.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1.01), **looks)
+        """Above the chart, where it hides no curve: groups of lines, one above the other. The
+        figure grows by as much."""
+        from matplotlib.legend import Legend
+        from matplotlib.transforms import ScaledTranslation
+
+        if len(self.axes[0]) > 1:  # over all the columns
+            groups = [[line for group in groups for line in group]]
+        height = 0.0  # inches above the axes so far
+        for lines in reversed([group for group in groups if group]):
+            longest = max(len(line.get_label()) for line in lines)
+            columns = max(1, min(len(lines), 100 // (longest + 8)))
+            looks = {"ncols": columns, "borderaxespad": 0, "borderpad": 0.2}
+            if len(self.axes[0]) > 1:
+                self.figure.legend(handles=lines, loc="outside upper left", **looks)
+            else:
+                up = ScaledTranslation(0, 0.03 + height, self.figure.dpi_scale_trans)
+                legend = Legend(
+                    self.ax, lines, [line.get_label() for line in lines], loc="lower left",
+                    bbox_to_anchor=(0, 1), bbox_transform=self.ax.transAxes + up, **looks,
+                )  # fmt: skip
+                self.ax.add_artist(legend)
+                legend.set_clip_on(False)  # or the layout would leave no room for it
+            height += LEGEND_ROW * math.ceil(len(lines) / columns)
+        width, old = self.figure.get_size_inches()
+        self.figure.set_size_inches(width, old + height)
 
     def finish(self, name: str, title: str, all_runs: list) -> Chart:
         how = []
         if self.average:
             how.append(f"Lines: centred {self.average} of {self.window:,} steps, of fewer at the")
-            how[0] += " ends" + ("; faint: every step" if self.faint else "")
+            how[0] += " ends" + ("; faint: as logged" if self.faint else "")
         if self.thinned:
             where = f"Each of {PIXELS:,} stretches is drawn by its lowest and its highest value"
             how.append(where if self.faint or not self.average else "")
@@ -332,7 +350,7 @@ def loss_chart(runs: list, kind: str, title: str, window: int) -> Chart | None:
     limit_loss(plot, drawn, goals)
     if kind == "hours":
         ways = sorted({run.clock[2] for run in shown})
-        plot.notes.append(f"Training time: {' or '.join(ways)}.")
+        plot.notes.append(f"Training time: {'; or '.join(ways)}.")
     plot.finish_x(ax)
     ax.set_ylabel("loss (nats per token)")
     plot.mark_incidents(ax)
@@ -343,9 +361,8 @@ def loss_chart(runs: list, kind: str, title: str, window: int) -> Chart | None:
         looks = {"color": COLORS[1], "ls": DASHES[1]} if single else {"color": GREY, "ls": "none"}
         lines.append(legend_line("validation", marker="o", **looks))
     inside = {"frameon": True, "framealpha": 0.85, "edgecolor": "none", "borderpad": 0.2}
-    legend = ax.legend(handles=lines + plot.incidents, loc="upper right", **inside)
-    ax.add_artist(legend)  # stays when there is a second one
     plot.legend_above(plot.run_lines(beads=bool(having(shown, "validation"))))
+    ax.legend(handles=lines + plot.incidents, loc="upper right", **inside)
     return plot.finish(f"loss_{kind}", title, runs)
 
 
@@ -433,7 +450,7 @@ def hellaswag_chart(runs: list, window: int) -> Chart | None:
     plot.ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     plot.finish_x(plot.ax)
     plot.ax.set_ylabel("HellaSwag accuracy")
-    plot.legend_above(plot.run_lines(beads), plot.average_lines(point="evaluation"))
+    plot.legend_above(plot.run_lines(beads), plot.average_lines())
     return plot.finish("hellaswag", "HellaSwag", runs)
 
 
@@ -470,7 +487,7 @@ def other_charts(runs: list, window: int) -> Chart | None:
         return None
     columns = min(3, len(tags))
     rows = math.ceil(min(len(tags), OTHER_CHARTS) / columns)
-    plot = Plot(runs, window=window, height=0.5 + 1.4 * rows, rows=rows, columns=columns)
+    plot = Plot(runs, height=0.5 + 1.4 * rows, rows=rows, columns=columns)
     for i, ax in enumerate(plot.axes.flat):
         if i >= len(tags):
             ax.set_visible(False)
@@ -478,14 +495,15 @@ def other_charts(runs: list, window: int) -> Chart | None:
         for run in runs:
             curve = run.curves[tags[i]].finite() if tags[i] in run.curves else None
             if curve:
-                plot.line(ax, run, curve, "mean")
+                plot.line(ax, run, curve)
         title = tags[i] if len(tags[i]) <= 34 else f"…{tags[i][-33:]}"
         ax.set_title(title, fontsize=7.5, loc="left", parse_math=False)
         ax.tick_params(labelsize=7)
         plot.finish_x(ax)
         ax.xaxis.get_major_locator().set_params(nbins=4)
+        ax.yaxis.get_major_locator().set_params(nbins=4)
         ax.set_xlabel("step" if i + columns >= len(tags[:OTHER_CHARTS]) else "", fontsize=8)
-    plot.legend_above(plot.run_lines(), plot.average_lines())
+    plot.legend_above(plot.run_lines())
     if len(tags) > OTHER_CHARTS:
         plot.notes.append(f"{len(tags) - OTHER_CHARTS} more tags are in scalars.csv.")
     return plot.finish("other", "Other scalars", runs)

@@ -318,8 +318,9 @@ def nice(number: float) -> int:
 
 
 def auto_window(runs: list[Run]) -> int:
-    """Steps to smooth over: a fiftieth of the longest run."""
-    return nice(max((run.last_step for run in runs), default=1) / 50)
+    """Steps to average over: a fiftieth of the longest run, or five points where few are logged."""
+    points = [charts.spacing(curve) for run in runs if (curve := run.curve("train"))]
+    return nice(max([run.last_step / 50 for run in runs] + [5 * steps for steps in points]))
 
 
 # --- Tables and samples ---------------------------------------------------------------------------
@@ -354,11 +355,11 @@ def table_row(run: Run, window: int) -> dict[str, str]:
         "step": f"{run.last_step:,}"
         + (f" of {int(goal):,}" if isinstance(goal, int | float) else ""),
         "tokens": amount(float(tokens[0])) if tokens is not None else "",
-        "training time": duration(float(run.clock[1][-1])),
+        "training time": duration(float(run.clock[1][-1])) if run.last_step else "",
         "best validation loss": number(run.best and run.best[0]),
         "at step": number(run.best and run.best[1], ",d"),
         "last validation loss": number(validation and validation.values[-1]),
-        f"training loss (last {window:,} steps)": number(recent),
+        "last training loss" + (f" (of {window:,} steps)" if window > 1 else ""): number(recent),
         "best HellaSwag": number(hellaswag and hellaswag.values.max()),
         "tokens/s (median)": number(rate and np.median(rate.values), ",.0f"),
         "goodput": number(goodput and goodput.values[-1], ".1%"),
