@@ -90,6 +90,7 @@ def store_config(run, folder: Path) -> None:
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     record = {
         "config": dataclasses.asdict(run.cfg),
+        "asked": sorted(run.asked),  # flags given now or when the run began
         "command": sys.argv,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_revision": git,
