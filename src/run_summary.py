@@ -38,7 +38,8 @@ def plan(run) -> str:
     rows = {
         "run": cfg.run_name,
         "model": f"{cfg.model}: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, "
-        f"context {cfg.seq_len}; {run.model.num_params():,} parameters",
+        f"context {cfg.seq_len}; {run.model.num_params():,} parameters"
+        + (f", first weights from {cfg.init_from}" if cfg.init_from else ""),
         "data": f"{cfg.data_dir}: {data.num_tokens:,} training tokens; validation on the first "
         f"{val_windows * cfg.seq_len:,} of {run.val_data.num_tokens:,}",
         "batch": f"{cfg.total_batch_size:,} tokens a step = {dist.world_size} process(es) x "

@@ -37,6 +37,7 @@ import checkpoint_files
 import data_shards
 import hellaswag
 import machine
+import pretrained
 import run_summary
 import tokenizer
 from chunked_loss import chunked_cross_entropy, next_token_losses
@@ -83,6 +84,11 @@ class Config:
     n_head: int | None = flag(None, "attention heads per block [of the model]", least=1)
     n_embd: int | None = flag(None, "width, in channels [of the model]", least=1)
     seq_len: int | None = flag(None, "context length, in tokens [of the model]", least=1)
+    init_from: str | None = flag(
+        None,
+        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
+        "checkpoint, latest [random ones]",
+    )
 
     data_dir: str | None = flag(
         None,
@@ -118,7 +124,10 @@ class Config:
     seed: int = flag(1337, "of initial weights, data order and samples")
 
     max_lr: float | None = flag(
-        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3]", group="optimizer", above=0
+        None,
+        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+        group="optimizer",
+        above=0,
     )
     min_lr: float | None = flag(None, "learning rate of the last step [a tenth of max_lr]")
     warmup_steps: int | None = flag(
@@ -199,6 +208,12 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
                 f"--{name} {given.get(name, preset[name])} does not fit the checkpoint, whose "
                 f"model has {name} {saved[name]}: leave --model and --{name} out, or start anew"
             )
+    if given.get("init_from", saved.get("init_from")) != saved.get("init_from"):
+        raise ValueError(
+            f"--init_from {given['init_from']}: the checkpoint to resume began with "
+            f"{saved.get('init_from') or 'random weights'} and has its own by now; leave out "
+            "--init_from to resume, --resume to start anew"
+        )
     # A value that was derived is derived again when what it came from is given anew.
     derived_from = {
         "max_steps": {"epochs", "total_batch_size", "data_dir"},
@@ -218,6 +233,8 @@ def resolve_model(cfg: Config, device: str) -> None:
     defaults = PRESETS[cfg.model] | TRAINING[cfg.model]
     if cfg.data_dir == SAMPLE_DIR and cfg.model != "tiny":
         defaults |= SAMPLE_RUN
+    if cfg.init_from:  # what is learned already is easily lost
+        defaults["max_lr"] /= 10
     for name, value in defaults.items():
         if getattr(cfg, name) is None and not (name == "max_steps" and cfg.epochs is not None):
             setattr(cfg, name, value)
@@ -227,6 +244,28 @@ def resolve_model(cfg: Config, device: str) -> None:
     if cfg.sample_tokens is None:
         prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
+
+
+def resolve_init(cfg: Config, given: dict, dist: "Distributed") -> dict:
+    """Of --init_from: take its shape, return its weights, {} on ranks other than 0."""
+    names = {name: f"--{name} {given[name]}" for name in pretrained.SHAPE if name in given}
+    wanted = {name: (given[name], flag) for name, flag in names.items()}
+    if "model" in given:
+        preset = PRESETS[given["model"]].items()
+        wanted = {name: (value, f"--model {given['model']}") for name, value in preset} | wanted
+    weights = {}
+
+    def read():
+        shape, found, notes = pretrained.for_training(cfg.init_from, wanted, cfg.checkpoint_dir)
+        weights.update(found)
+        print("\n  ".join([f"--init_from {cfg.init_from}:", *notes]), flush=True)
+        return shape
+
+    vars(cfg).update(dist.on_main(read))
+    for name, preset in PRESETS.items():
+        if cfg.model is None and all(getattr(cfg, n) == preset[n] for n in pretrained.SHAPE[:3]):
+            cfg.model = name  # and its learning rate
+    return weights
 
 
 def resolve_length(cfg: Config, train_tokens: int) -> None:
@@ -1132,6 +1171,9 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
         checkpoint = load_checkpoint(path)
 
     cfg, changes = merge_config(given, checkpoint, dist.device.type, dist.world_size)
+    weights = {}
+    if cfg.init_from and checkpoint is None:
+        weights = resolve_init(cfg, given, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
     cfg.run_name = name or (checkpoint and checkpoint["run_name"])
@@ -1172,6 +1214,8 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
     if not cfg.dry_run:
         run.model.to(dist.device)
+        if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
+            run.model.load_state_dict(weights)
     if cfg.micro_batch_size is None:
         sequences = cfg.total_batch_size // cfg.seq_len // dist.world_size
         cfg.micro_batch_size = dist.on_main(
