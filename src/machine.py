@@ -13,6 +13,19 @@ import checkpoint_files
 from chunked_loss import PADDED_VOCAB, chunk_rows
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of --device, tried; without a name the best there is."""
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch built without CUDA
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}; try cpu") from None
+    return torch.device(name)
+
+
 def best_dtype(device: torch.device) -> str:
     """bfloat16 where the hardware has it, float32 otherwise."""
     if device.type == "cuda":

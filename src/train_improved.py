@@ -43,6 +43,7 @@ import tokenizer
 from chunked_loss import chunked_cross_entropy, next_token_losses
 from flags import check_ranges, flag, merge, parse_flags
 from guard import Guard, GuardGaveUp, LossScale
+from sample import KVCache, generate
 from supervisor import StopRequested, Supervisor
 from tokenizer import VOCAB_SIZE
 
@@ -321,22 +322,6 @@ def validate(cfg: Config, world_size: int) -> None:
 # Shapes: B sequences, T positions, C = n_embd, V = vocabulary, N = B*T tokens.
 
 
-class KVCache:
-    """Keys and values of earlier positions, for sampling: (layer, B, head, T, C/head)."""
-
-    def __init__(self, model: "GPT", batch_size: int, dtype: torch.dtype):
-        shape = (
-            model.n_layer,
-            batch_size,
-            model.n_head,
-            model.seq_len,
-            model.n_embd // model.n_head,
-        )
-        device = model.transformer.wte.weight.device
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0  # positions filled so far
-
-
 class Attention(nn.Module):
     def __init__(self, n_embd: int, n_head: int):
         super().__init__()
@@ -350,15 +335,9 @@ class Attention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        causal = mask is None
         if cache is not None:
-            start, end = cache.length, cache.length + T
-            cache.k[layer, :, :, start:end], cache.v[layer, :, :, start:end] = k, v
-            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]
-            assert T == 1 or start == 0, (
-                "after the prompt the cache grows by one position at a time"
-            )
-            causal = start == 0
+            k, v = cache.extend(layer, k, v)
+        causal = mask is None and T > 1  # a single query may look at every key there is
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -697,43 +676,15 @@ def hellaswag_accuracy(run: "Run") -> float:
     return correct / total
 
 
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    prompt: list[int],
-    count: int,
-    max_tokens: int,
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    poll: Callable[[], None] = lambda: None,
-) -> list[list[int]]:
-    """`count` continuations of a prompt, each ended by <|endoftext|> or after max_tokens tokens."""
-    device = model.lm_head.weight.device
-    cache = KVCache(model, count, dtype)
-    idx = torch.tensor([prompt], device=device).expand(count, -1)
-    tokens = []
-    for _ in range(max_tokens):
-        poll()
-        logits = model.logits(model.features(idx, cache=cache)[:, -1]) / temperature
-        threshold = logits.topk(min(top_k, VOCAB_SIZE)).values[:, -1:]
-        probs = F.softmax(logits.masked_fill(logits < threshold, -math.inf), dim=-1)
-        idx = torch.multinomial(probs, 1, generator=generator)
-        tokens.append(idx)
-    rows = torch.cat(tokens, dim=1).tolist()
-    return [row[: row.index(tokenizer.EOT)] if tokenizer.EOT in row else row for row in rows]
-
-
 def samples(run: "Run") -> list[str]:
     """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
     cfg, enc = run.cfg, tokenizer.get_tokenizer()
-    generator = torch.Generator(run.dist.device).manual_seed(cfg.seed + run.state.step)
+    generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
+    prompt = enc.encode_ordinary(cfg.sample_prompt)
     with run.autocast():
         rows = generate(
-            run.model, enc.encode_ordinary(cfg.sample_prompt), cfg.num_samples, cfg.sample_tokens,
-            generator, dtype=run.dtype, poll=run.poll,
-        )  # fmt: skip
+            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=run.poll
+        )
     return [cfg.sample_prompt + enc.decode(row) for row in rows]
 
 
