@@ -119,7 +119,7 @@ def farewell(run) -> str:
         command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
     command += f" {os.path.relpath(Path(__file__).with_name('train_improved.py'))}"
     command += f" --resume latest --run_name {cfg.run_name}"
-    command += " --use_tensorboard" * cfg.use_tensorboard
+    command += " --use_tensorboard" * cfg.use_tensorboard + " --log_jsonl" * cfg.log_jsonl
     for name, default in (("checkpoint_dir", "checkpoints"), ("tensorboard_dir", "runs")):
         if getattr(cfg, name) != default:
             command += f" --{name} {getattr(cfg, name)}"
