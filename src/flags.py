@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import sys
-import textwrap
 import tomllib
 
 from console import marked
@@ -184,7 +183,7 @@ def read_config(config_class, path: str) -> dict:
         try:
             values[name] = _checked(fields[name], value)
         except ValueError as error:
-            raise ValueError(f"--config {path}: {name} = {_shown(value)}: {error}") from None
+            raise ValueError(f"--config {path}: {name} = {_literal(value):.80}: {error}") from None
     return values
 
 
@@ -206,8 +205,12 @@ def _checked(field, value):
     return value
 
 
-def _shown(value) -> str:
-    return textwrap.shorten(repr(value), 80, placeholder="...")
+def _literal(value) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, str):
+        # JSON's escapes are TOML's too, but for the one character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else str(value)  # 6e-05, 600
 
 
 def to_toml(config, title: str) -> str:
@@ -224,12 +227,8 @@ def to_toml(config, title: str) -> str:
             lines += ["", f"# {meta['group']}"]
         if value is None:
             lines.append(f"# {field.name}: {meta['help']}")
-        elif isinstance(value, str):
-            # JSON's escapes are TOML's too, but for the one character that JSON leaves as it is.
-            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"{field.name} = {text}")
         else:
-            lines.append(f"{field.name} = {str(value).lower()}")  # True, 6e-05, 600
+            lines.append(f"{field.name} = {_literal(value)}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Pre-train GPT-2 from scratch on one machine or several, and watch it learn in TensorBoard.
 
     python src/train_improved.py --use_tensorboard
