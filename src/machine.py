@@ -1,5 +1,6 @@
 """What this machine can do: precision, memory, micro-batch, the measured peak."""
 
+import ctypes
 import math
 import time
 
@@ -19,14 +20,28 @@ def best_dtype(device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one, instead of handing it back to the
+    system, which gives it out again as pages of zeros: 1.3 times the CPU's speed (LAB_NOTES.md)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # glibc's alone
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
+
+
 def training_bytes(model, dtype: torch.dtype, sequences: int) -> int:
     """Estimate of what a process needs: weights, gradients, two moments, activations, loss."""
     # Kept for the backward pass, in bytes per token, layer and channel, as measured on GPT-2 124M.
     width = 50 if dtype != torch.float32 else 80
     tokens = sequences * model.seq_len
     activations = tokens * model.n_layer * model.n_embd * width
-    rows = min(chunk_rows(model.lm_head.weight), tokens)
-    loss = rows * PADDED_VOCAB * 4 * 3 + 2 * PADDED_VOCAB * model.n_embd * 4
+    weight = model.lm_head.weight
+    logits = min(chunk_rows(weight.device), tokens) * PADDED_VOCAB * dtype.itemsize
+    in_float = 2 * PADDED_VOCAB * (4096 if weight.is_cuda else 32) * 4
+    loss = logits + in_float + 2 * PADDED_VOCAB * model.n_embd * 4
     return 16 * model.num_params() + activations + loss
 
 
