@@ -11,6 +11,7 @@ import torch
 
 import checkpoint_files
 from chunked_loss import PADDED_VOCAB, chunk_rows
+from console import marked
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -265,7 +266,8 @@ def compiled(model, ids_BT, autocast, asked: bool | None):
                 f"--compile: torch.compile does not work here ({reason}); install a C++ compiler "
                 "(on a GPU also Triton), or use --no-compile"
             ) from error
-        print(f"WARNING torch.compile does not work here ({reason}): training without it")
+        warning = f"WARNING torch.compile does not work here ({reason}): training without it"
+        print(marked(warning), flush=True)
         return model
 
 

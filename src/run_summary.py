@@ -27,9 +27,7 @@ def plan(run) -> str:
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
     memory = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
-    files = cfg.keep_checkpoints + 2  # the best, and the one being written
-    if cfg.keep_every:
-        files += cfg.max_steps // cfg.keep_every
+    files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run.model)
     if cfg.compile is None:
         mode = "compiled" if dist.device.type == "cuda" else "eager"
@@ -74,6 +72,14 @@ def every_flag(cfg, given: dict) -> str:
 def checkpoint_bytes(model) -> int:
     """Weights and two moments in float32."""
     return 12 * model.num_params()
+
+
+def checkpoints_kept(cfg) -> int:
+    """Most files at a time: the newest, the best, the one being written, and --keep_every's."""
+    files = cfg.keep_checkpoints + 2
+    if cfg.keep_every:
+        files += cfg.max_steps // cfg.keep_every
+    return files
 
 
 def device_name(device: torch.device) -> str:
@@ -121,7 +127,7 @@ def farewell(run) -> str:
         command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
     command += f" {os.path.relpath(Path(__file__).with_name('train_improved.py'))}"
     command += f" --resume latest --run_name {cfg.run_name}"
-    command += " --use_tensorboard" * cfg.use_tensorboard
+    command += " --use_tensorboard" * cfg.use_tensorboard + " --log_jsonl" * cfg.log_jsonl
     for name, default in (("checkpoint_dir", "checkpoints"), ("tensorboard_dir", "runs")):
         if getattr(cfg, name) != default:
             command += f" --{name} {getattr(cfg, name)}"

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Pre-train GPT-2 from scratch on one machine or several, and watch it learn in TensorBoard.
 
     python src/train_improved.py --use_tensorboard
@@ -36,12 +37,15 @@ from tqdm import tqdm
 import checkpoint_files
 import data_shards
 import hellaswag
+import jsonl_log
+import launch
 import machine
 import pretrained
 import run_summary
 import tokenizer
 from chunked_loss import chunked_cross_entropy, next_token_losses
-from flags import check_ranges, flag, merge, parse_flags
+from console import marked
+from flags import check_ranges, flag, merge, parse_flags, to_toml
 from guard import Guard, GuardGaveUp, LossScale
 from sample import KVCache, generate
 from supervisor import StopRequested, Supervisor
@@ -78,7 +82,11 @@ class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
 
     model: str | None = flag(
-        None, "size [gpt2 on a GPU, else tiny]", group="model", choices=tuple(PRESETS)
+        None,
+        "size [gpt2 on a GPU, else tiny]",
+        group="model",
+        choices=tuple(PRESETS),
+        overrides=("n_layer", "n_head", "n_embd", "seq_len"),
     )
     n_layer: int | None = flag(None, "blocks [of the model]", least=1)
     n_head: int | None = flag(None, "attention heads per block [of the model]", least=1)
@@ -114,7 +122,9 @@ class Config:
         resume="exact",
         least=1,
     )
-    epochs: float | None = flag(None, "passes over the training data [5]", above=0)
+    epochs: float | None = flag(
+        None, "passes over the training data [5]", above=0, overrides=("max_steps",)
+    )
     max_steps: int | None = flag(
         None, "steps of the whole run; wins over --epochs [from --epochs; tiny 600]", least=1
     )
@@ -166,6 +176,9 @@ class Config:
     )
     use_tensorboard: bool = flag(False, "log to TensorBoard", resume="machine")
     tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME", resume="machine")
+    log_jsonl: bool = flag(
+        False, "log scalars to metrics.jsonl in that folder as JSON lines", resume="machine"
+    )
     histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off")
     checkpoint_dir: str = flag(
         "checkpoints", "checkpoints go to this folder/RUN_NAME", resume="machine"
@@ -174,7 +187,9 @@ class Config:
     keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one", least=1)
     keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off")
     resume: str | None = flag(
-        None, "latest, auto (fresh if there is none) or a checkpoint's path", resume="machine"
+        None,
+        "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
+        resume="machine",
     )
 
     device: str | None = flag(
@@ -190,7 +205,27 @@ class Config:
     profile: bool = flag(
         False, "write a trace of steps 4 to 6 of this command to the log folder", resume="machine"
     )
-    dry_run: bool = flag(False, "print the whole plan and stop", resume="machine")
+
+    config: str | None = flag(
+        None,
+        "TOML file of flags; the command line wins [none]",
+        group="before the run",
+        resume="machine",
+        in_file=False,
+    )
+    print_config: bool = flag(
+        False,
+        "print every flag as decided, for --config, and stop",
+        resume="machine",
+        in_file=False,
+    )
+    dry_run: bool = flag(False, "print the whole plan and stop", resume="machine", in_file=False)
+    doctor: bool = flag(
+        False,
+        "check machine and plan, measure speed, say what to fix, and stop",
+        resume="machine",
+        in_file=False,
+    )
 
 
 def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: int):
@@ -720,23 +755,26 @@ class Monitor:
     def __init__(self, run: "Run", peak_flops: float):
         cfg, state = run.cfg, run.state
         self.cfg, self.active, self.peak_flops = cfg, run.dist.is_main, peak_flops
-        self.lines_from, self.log, self.bar = state.step, None, None
+        self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
         if not self.active:
             return
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
             )
+        self.folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+        fresh = state.step == 0 and state.evaluated_step < 0
+        first_step = 0 if fresh else state.step + 1
+        elsewhere = run.resumed_from is not None and not run.resumes_own_name
+        if cfg.log_jsonl:
+            self.jsonl = jsonl_log.JsonLinesLog(
+                self.folder / "metrics.jsonl", first_step, self.say, new_timeline=elsewhere
+            )
         if cfg.use_tensorboard:
             import tensorboard_log  # not loaded without the flag
 
-            self.folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
             self.new_log = tensorboard_log.TensorBoardLog
-            fresh = state.step == 0 and state.evaluated_step < 0
-            elsewhere = run.resumed_from is not None and not run.resumes_own_name
-            self.log = self.new_log(
-                self.folder, 0 if fresh else state.step + 1, self.say, new_timeline=elsewhere
-            )
+            self.log = self.new_log(self.folder, first_step, self.say, new_timeline=elsewhere)
             charts = {
                 # tags are regular expressions there: without $ validation brings validation_best
                 group: {
@@ -751,11 +789,12 @@ class Monitor:
 
     def say(self, text: str) -> None:
         if self.active:
+            text = marked(text)
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self.log is not None:
-            self.log.scalars(values, step)
+        for log in filter(None, (self.log, self.jsonl)):
+            log.scalars(values, step)
 
     def step(
         self, run: "Run", loss: float, norm: float, bad: bool, lr: float, seconds: float
@@ -832,18 +871,22 @@ class Monitor:
         if self.log is not None:
             self.log.close()
             self.log = self.new_log(self.folder, first_step, self.say)
+        if self.jsonl is not None:
+            self.jsonl.rewind(first_step)
         if self.bar is not None:
             self.bar.n = first_step - 1
 
     def flush(self) -> None:
-        if self.log is not None:
-            self.log.flush()
+        for log in filter(None, (self.log, self.jsonl)):
+            log.flush()
 
     def close(self, finished: bool) -> None:
         if self.log is not None:
             if finished:
                 self.log.hparams_end()
             self.log.close()
+        if self.jsonl is not None:
+            self.jsonl.close()
         if self.bar is not None:
             self.bar.close()
 
@@ -1232,6 +1275,17 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     return run, checkpoint
 
 
+def print_config(given: dict, dist: Distributed) -> int:
+    """Every flag as decided, as TOML on stdout; what else is said goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        run, _ = set_up(given | {"dry_run": True}, dist)
+    if dist.is_main:
+        decided = dataclasses.replace(run.cfg, run_name=given.get("run_name"))
+        print(to_toml(decided, "every flag as decided here; --config reads it"), end="")
+    dist.leave()
+    return 0
+
+
 def preflight(run: Run, checkpoint: dict | None) -> None:
     """Rank 0: claim the output folders and try them, before anything expensive."""
     cfg = run.cfg
@@ -1256,11 +1310,11 @@ def preflight(run: Run, checkpoint: dict | None) -> None:
             print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
     need, free = run_summary.checkpoint_bytes(run.model), checkpoint_files.free_bytes(folder)
     if free < 2 * need:
-        print(
+        warning = (
             f"WARNING {folder} has {free / 1e9:.2f} GB free and a checkpoint takes "
-            f"{need / 1e9:.2f} GB (two while one is replaced): saving fails until there is room",
-            flush=True,
+            f"{need / 1e9:.2f} GB (two while one is replaced): saving fails until there is room"
         )
+        print(marked(warning), flush=True)
     run_summary.store_config(run, log_folder)
 
 
@@ -1297,11 +1351,18 @@ def build(run: Run, checkpoint: dict | None):
 def main() -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
     given = parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+    if given.get("doctor"):
+        import doctor
+
+        return doctor.examine(given)
     dist = None
     try:
+        launch.adopt_slurm(os.environ)
         dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
         if dist.device.type == "cpu":
             machine.keep_freed_memory()
+        if given.get("print_config"):
+            return print_config(given, dist)
         run, checkpoint = set_up(given, dist)
         if dist.is_main:
             print(run_summary.plan(run), flush=True)
@@ -1315,7 +1376,7 @@ def main() -> int:
     except ValueError as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
-        print(f"error: {error}", file=sys.stderr)
+        print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
