@@ -88,6 +88,15 @@ def device_name(device: torch.device) -> str:
     return f"CPU with {torch.get_num_threads()} thread(s)" if device.type == "cpu" else "Apple GPU"
 
 
+def speed_depends_on(run) -> str:
+    """Step times of two runs can be compared where this is the same."""
+    cfg, dist = run.cfg, run.dist
+    return (
+        f"{platform.node()}: {dist.world_size} x {device_name(dist.device)}, {run.dtype}, "
+        f"{cfg.total_batch_size} tokens in micro-batches of {cfg.micro_batch_size}"
+    )
+
+
 def store_config(run, folder: Path) -> None:
     """FOLDER/config.json: everything that was decided, and by which versions of what."""
     git = None
@@ -122,6 +131,7 @@ def farewell(run) -> str:
     cfg, state = run.cfg, run.state
     finished = state.step >= cfg.max_steps
     loss = f"; validation loss {state.validation_loss:.4f}" if state.evaluated_step >= 0 else ""
+    energy = f", {state.watt_seconds / 3.6e6:.3g} kWh" if state.watt_seconds else ""
     command = "python"
     if run.dist.world_size > 1:
         command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
@@ -135,7 +145,7 @@ def farewell(run) -> str:
         command += f" --max_steps {2 * cfg.max_steps}"
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
-        f"after {format_seconds(state.train_seconds)} of training{loss}",
+        f"after {format_seconds(state.train_seconds)} of training{energy}{loss}",
         f"checkpoints   {Path(cfg.checkpoint_dir, cfg.run_name)}",
     ]
     if cfg.use_tensorboard:

@@ -36,6 +36,8 @@ from tqdm import tqdm
 
 import checkpoint_files
 import data_shards
+import energy
+import health
 import hellaswag
 import jsonl_log
 import launch
@@ -601,6 +603,10 @@ class TrainState:
     rollbacks: int = 0
     train_seconds: float = 0.0  # in training steps, over all restarts
     total_seconds: float = 0.0  # since the very first start, while a process was running
+    device_seconds: float = 0.0  # the same times the number of processes
+    watt_seconds: float = 0.0  # energy of the devices, where they report it
+    health_memory: dict = dataclasses.field(default_factory=health.new_memory)
+    health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
 
 
 def checkpoint_of(run: "Run") -> dict:
@@ -683,8 +689,9 @@ def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> 
 EVAL_TOKENS = 16_384  # in a forward pass without gradients
 
 
-def validation_loss(run: "Run") -> float:
-    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order."""
+def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
+    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order, and
+    the mean at each position of the context, (T,)."""
     cfg, dist = run.cfg, run.dist
     num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
     mine = np.arange(dist.rank, num_windows, dist.world_size)
@@ -697,9 +704,13 @@ def validation_loss(run: "Run") -> float:
         with torch.inference_mode(), run.autocast():
             x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
             targets = batch[:, 1:].reshape(-1)
-            sums.append(next_token_losses(x_NC, run.model.lm_head.weight, targets).sum())
-    total = torch.tensor([float(x) for x in sums], dtype=torch.float64).sum()
-    return float(dist.sum(total)) / (num_windows * cfg.seq_len)
+            losses_N = next_token_losses(x_NC, run.model.lm_head.weight, targets)
+            sums.append(losses_N.view(-1, cfg.seq_len).sum(0))
+    total_T = torch.zeros(cfg.seq_len, dtype=torch.float64)
+    for sum_T in sums:
+        total_T += sum_T.cpu()
+    by_position = dist.sum(total_T) / num_windows
+    return float(by_position.mean()), by_position
 
 
 def hellaswag_accuracy(run: "Run") -> float:
@@ -741,15 +752,23 @@ class Monitor:
         "Stability": {
             "Gradient norm": ["Gradient/norm", "Gradient/norm_unclipped"],
             "Skipped updates and roll-backs": ["Training/skipped_updates", "Training/rollbacks"],
+            "Update-to-weight ratio": ["Update_Ratio/.*"],
+            "Warnings": ["Health/warnings", "Performance/warnings"],
         },
         "Speed": {
             "Tokens per second": ["Performance/tokens_per_sec"],
             "Step time (ms)": ["Performance/step_time_ms"],
             "MFU": ["Performance/mfu"],
+            "Hours left": ["Performance/eta_hours"],
+            "Cost so far": ["Performance/device_hours", "Performance/kwh"],
         },
-        "Evaluation": {"HellaSwag": ["Evaluation/hellaswag_accuracy"]},
+        "Evaluation": {
+            "HellaSwag": ["Evaluation/hellaswag_accuracy"],
+            "Validation loss by position": ["Loss_by_Position/.*"],
+        },
     }
     METRICS = ("Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy")
+    POSITIONS = 8  # parts of the context in Loss_by_Position
     LINE_EVERY = 10  # steps between lines where there is no progress bar
 
     def __init__(self, run: "Run", peak_flops: float):
@@ -758,6 +777,8 @@ class Monitor:
         self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
         if not self.active:
             return
+        self.health = health.Health(run, run_summary.speed_depends_on(run))
+        self.meter = energy.EnergyMeter(run.dist.device)
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
@@ -796,10 +817,36 @@ class Monitor:
         for log in filter(None, (self.log, self.jsonl)):
             log.scalars(values, step)
 
+    def standing(self, run: "Run") -> dict[str, float]:
+        """What is written at a look and with each evaluation: warnings that are on, cost so far."""
+        state = run.state
+        values = {
+            "Health/warnings": self.health.active(timed=False),
+            "Performance/warnings": self.health.active(timed=True),
+            "Performance/device_hours": state.device_seconds / 3600,
+        }
+        if self.meter.works:
+            values["Performance/kwh"] = state.watt_seconds / 3.6e6
+        return values
+
+    def energy(self) -> float:
+        """Joules that the devices used since the last call; 0 where they do not report it."""
+        return self.meter.take() if self.active else 0.0
+
+    def tell(self, news: list[tuple[health.Check, str]], step: int) -> None:
+        """Warnings that begin or end. Those about speed apart: two equal runs differ in them."""
+        for timed, tag in ((False, "Health/warnings"), (True, "Performance/warnings")):
+            texts = [text for check, text in news if check.timed == timed]
+            for text in texts:
+                self.say(text)
+            if self.log is not None and texts:
+                self.log.text(tag, "\n".join(texts), step)
+
     def step(
-        self, run: "Run", loss: float, norm: float, bad: bool, lr: float, seconds: float
-    ) -> None:
-        """One finished step."""
+        self, run: "Run", loss: float, norm: float, bad: bool, lr: float, seconds: float,
+        norms: list[float],
+    ) -> None:  # fmt: skip
+        """One finished step; norms of its update and of the weights at a look, else empty."""
         cfg, state = self.cfg, run.state
         if not self.active:
             return
@@ -824,7 +871,14 @@ class Monitor:
         }
         if run.dist.device.type == "cuda":
             values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        news = self.health.step(loss, norm, bad, lr, seconds, norms)
+        if norms and not bad:
+            ratios = self.health.layer_ratios(norms)
+            values |= {f"Update_Ratio/{layer}": ratio for layer, ratio in ratios.items()}
+        if health.look_due(state.step) and not evaluation_due(state, cfg):
+            values |= self.standing(run)
         self.scalars(values, state.step)
+        self.tell(news, state.step)
         if self.bar is not None:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s", refresh=False
@@ -837,20 +891,29 @@ class Monitor:
                 f"| {run_summary.format_seconds(left)} left"
             )
 
-    def evaluation(self, run: "Run", texts: list[str], seconds: float) -> None:
-        """What `evaluate` found at this step; texts are the samples."""
+    def evaluation(self, run: "Run", by_position, texts: list[str], seconds: float) -> None:
+        """What `evaluate` found at this step: validation loss (T,) or None, samples."""
         state, cfg, line = run.state, self.cfg, []
+        if not self.active:
+            return
         values = {}
-        if due(cfg.eval_freq, state, cfg):
+        if by_position is not None:
             values["Loss/validation"] = state.validation_loss
             values["Loss/validation_best"] = state.best_loss
             line.append(f"validation loss {state.validation_loss:.4f}")
-        if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
+            for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
+                name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
+                values[f"Loss_by_Position/{name}"] = float(by_position[part].mean())
+        scored = bool(run.hellaswag_items) and due(cfg.hellaswag_freq, state, cfg)
+        if scored:
             values["Evaluation/hellaswag_accuracy"] = state.hellaswag
             line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
-        self.scalars(values, state.step)
+        loss = None if by_position is None else state.validation_loss
+        news = self.health.evaluation(loss, state.hellaswag if scored else None)
+        self.scalars(values | self.standing(run), state.step)
         if line:
             self.say(f"step {state.step:>5}: {', '.join(line)} ({seconds:.1f} s)")
+        self.tell(news, state.step)
         for text in texts:
             self.say(f"step {state.step:>5} sample: {text!r}")
         if self.log is not None and texts:
@@ -881,6 +944,8 @@ class Monitor:
             log.flush()
 
     def close(self, finished: bool) -> None:
+        if self.active:
+            self.meter.close()
         if self.log is not None:
             if finished:
                 self.log.hparams_end()
@@ -936,16 +1001,16 @@ def evaluation_due(state: TrainState, cfg: Config) -> bool:
 def evaluate(run: Run, monitor: Monitor) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
-    texts = []
+    by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss = validation_loss(run)
+        state.validation_loss, by_position = validation_loss(run)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
         state.hellaswag = hellaswag_accuracy(run)
     if due(cfg.sample_freq, state, cfg):
         texts = samples(run)
     if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
         state.best_loss = state.validation_loss
-    monitor.evaluation(run, texts, time.monotonic() - start)
+    monitor.evaluation(run, by_position, texts, time.monotonic() - start)
     state.evaluated_step = state.step
 
 
@@ -1016,22 +1081,27 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
         (values, arrived, lr, limit, first_window), pending = pending, None
         if arrived is not None:
             arrived.synchronize()
-        loss, norm, bad = values.tolist()
+        loss, norm, bad, *norms = values.tolist()
         now = time.monotonic()
         seconds, mark = now - mark, now
         state.train_seconds += seconds
-        state.total_seconds += seconds
+        spend(seconds)
         report = guard.observe(loss, bool(bad), limit)
         if report:
             windows = f"windows {first_window:,} to {state.position - 1:,} of the data order"
             monitor.say(f"WARNING step {state.step}: {report}; {windows}")
-        monitor.step(run, loss, norm, bool(bad), lr, seconds)
+        monitor.step(run, loss, norm, bool(bad), lr, seconds, norms)
+
+    def spend(seconds: float):
+        state.total_seconds += seconds
+        state.device_seconds += seconds * run.dist.world_size
+        state.watt_seconds += monitor.energy()
 
     def pause():
         """Call after anything that is not training, so that step times do not contain it."""
         nonlocal mark
         now = time.monotonic()
-        state.total_seconds += now - mark
+        spend(now - mark)
         mark = now
 
     def save():
@@ -1103,6 +1173,8 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.found_inf = bad.float()
+            look = run.dist.is_main and health.look_due(state.step + 1)
+            norms = health.UpdateNorms(run.model, optimizer) if look else None
             optimizer.step()
             run.loss_scale.update(bad)
 
@@ -1110,6 +1182,8 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             first_window = state.position
             state.position = loader.position
             values = torch.stack([loss, norm, bad.float()])
+            if norms is not None:
+                values = torch.cat([values, norms.measure()])
             arrived = None
             if values.is_cuda:
                 values = values.to("cpu", non_blocking=True)
@@ -1151,9 +1225,8 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
     path = run.dist.on_main(lambda: checkpoint_files.find_latest(folder)[0]) or run.resumed_from
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
-    kept = {
-        name: getattr(state, name) for name in ("skipped_updates", "train_seconds", "total_seconds")
-    }
+    names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
+    kept = {name: getattr(state, name) for name in (*names, "health_seconds")}
     kept |= {"rollbacks": state.rollbacks + 1, "position": loader.position, "consecutive_skips": 0}
     restore(run, load_checkpoint(path))
     for name, value in kept.items():

@@ -224,6 +224,12 @@ def test_guide_and_code_have_the_same_tags():
     assert in_guide == in_code
 
 
+def test_guide_and_code_have_the_same_groups_of_tags():
+    in_code = set(re.findall(r'f"([A-Z]\w*)/\{', inspect.getsource(ti.Monitor)))
+    in_guide = set(re.findall(r"`([A-Z]\w*)/\*`", DOCS["TENSORBOARD_GUIDE.md"]))
+    assert in_guide == in_code and {"Update_Ratio", "Loss_by_Position"} < in_code
+
+
 def test_guide_and_code_have_the_same_histograms():
     source = inspect.getsource(ti.Monitor.histograms)
     groups = re.findall(r'f"(\w+)/\{name\}"', source)
