@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import checkpoint_files
 import machine
 
 
@@ -56,7 +58,8 @@ def plan(run) -> str:
         f"{cfg.checkpoint_freq or 'at the end only'} (steps)",
         "output": f"{Path(cfg.checkpoint_dir, cfg.run_name)} (up to {files} files of "
         f"{file_bytes / 1e6:,.0f} MB = {files * file_bytes / 1e9:.1f} GB), "
-        f"{Path(cfg.tensorboard_dir, cfg.run_name)}",
+        f"{Path(cfg.tensorboard_dir, cfg.run_name)}"
+        + (f" (about {log_bytes(run) / 1e6:,.1f} MB)" if cfg.use_tensorboard else ""),
     }
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
@@ -82,6 +85,64 @@ def checkpoints_kept(cfg) -> int:
     return files
 
 
+def log_bytes(run, from_step: int = 0) -> int:
+    """Estimate of what TensorBoard's files grow by until the end, from sizes in LAB_NOTES.md."""
+    cfg = run.cfg
+    if not cfg.use_tensorboard:
+        return 0
+    steps = cfg.max_steps - from_step
+    tensors = 2 * len(list(run.model.parameters()))
+    sizes = {"eval_freq": 110, "hellaswag_freq": 40, "sample_freq": 20 + 6 * cfg.sample_tokens}
+    sizes["sample_freq"] *= cfg.num_samples
+    sizes["histogram_freq"] = 1150 * tensors
+    dumps = {name: steps // freq + 1 if (freq := getattr(cfg, name)) else 0 for name in sizes}
+    return 3000 + 400 * steps + sum(dumps[name] * sizes[name] for name in sizes)
+
+
+def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
+    """What the output folders lack for the rest of the run from `step` on, as sentences."""
+    size, files = checkpoint_bytes(run.model), checkpoints_kept(run.cfg)
+    there = sum(c.bytes for c in checkpoint_files.list_checkpoints(folder))
+    need, logs = max(2 * size, files * size - there), log_bytes(run, step)
+    free, log_free = (checkpoint_files.free_bytes(f) for f in (folder, log_folder))
+    what = f"the run needs up to {need / 1e9:.2f} GB more ({files} files in all)"
+    same_disk = os.stat(folder).st_dev == os.stat(log_folder).st_dev
+    if same_disk:
+        need += logs
+        what += f" and {logs / 1e9:.2f} GB for logs" if logs else ""
+    found = []
+    if free < need:
+        found.append(
+            f"{folder} has {free / 1e9:.2f} GB free and a checkpoint takes {size / 1e9:.2f} GB "
+            f"(two while one is replaced); {what}: saving fails when the disk is full, make room"
+        )
+    if not same_disk and log_free < logs:
+        found.append(
+            f"{log_folder} has {log_free / 1e6:.1f} MB free, the run's logs need about "
+            f"{logs / 1e6:.1f} MB: logging stops when the disk is full, make room"
+        )
+    return found
+
+
+def memory_warning(run) -> str | None:
+    """Said where the estimate for the micro-batch, with the copy for checkpoints, does not fit."""
+    cfg, device = run.cfg, run.dist.device
+    need, copy = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size), 0
+    if device.type == "cuda":
+        available, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
+    else:
+        available, where = checkpoint_files.available_bytes(), "memory"
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        copy = checkpoint_bytes(run.model)
+    if available is None or need + copy <= available:
+        return None
+    return (
+        f"--micro_batch_size {cfg.micro_batch_size} needs about {need / 1e9:.1f} GB of {where}"
+        + (f" and the copy for checkpoints {copy / 1e9:.1f} GB" if copy else "")
+        + f", {available / 1e9:.1f} GB are free: use a smaller one, or a smaller model"
+    )
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -97,8 +158,9 @@ def speed_depends_on(run) -> str:
     )
 
 
-def store_config(run, folder: Path) -> None:
-    """FOLDER/config.json: everything that was decided, and by which versions of what."""
+def store_config(run, folder: Path) -> str | None:
+    """FOLDER/config.json: everything that was decided, and by which versions of what. On a full
+    disk that is no error but the sentence that is returned."""
     git = None
     if shutil.which("git"):
         here = str(Path(__file__).parent)
@@ -113,6 +175,7 @@ def store_config(run, folder: Path) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "packages": {d.name: d.version for d in metadata.distributions()},
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "device": device_name(run.dist.device),
@@ -122,8 +185,15 @@ def store_config(run, folder: Path) -> None:
         "data_fingerprint": run.train_data.fingerprint,
     }
     partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    try:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.replace(folder / "config.json")
+    except OSError as error:
+        if error.errno not in checkpoint_files.DISK_FULL:
+            raise
+        partial.unlink(missing_ok=True)
+        return f"{folder / 'config.json'} could not be written: {error.strerror}"
+    return None
 
 
 def farewell(run) -> str:

@@ -52,6 +52,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 from torch.utils.tensorboard import summary as torch_summary
 
+from checkpoint_files import DISK_FULL, flush_folder
+
 # --- Records --------------------------------------------------------------------------------------
 # An event file is a row of records: uint64 length, masked CRC-32C of it, the Event's bytes, masked
 # CRC-32C of those (TensorFlow's TFRecord format). TensorBoard reads the files of a folder in the
@@ -176,14 +178,6 @@ def _start_record(step: int) -> bytes:
     return Event(wall_time=time.time(), step=step, session_log=session).SerializeToString()
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 # --- Cleaning -------------------------------------------------------------------------------------
 # A crash leaves points behind the checkpoint that the run resumes from. Start records alone do not
 # hide them: the default loader of TensorBoard ignores start records, and drops a stale point only
@@ -202,6 +196,7 @@ class _Merged:
     damage: list[str] = field(default_factory=list)  # one phrase per damaged file
     hparams: dict[str, bytes] = field(default_factory=dict)  # what was kept, by tag
     layout: bytes = b""  # the last custom scalars layout that was kept
+    last: set[tuple[int, str]] = field(default_factory=set)  # (step, tag) kept of the last step
 
 
 def _canonical(hparams: bytes) -> bytes:
@@ -236,6 +231,8 @@ def _keep(
     if event.step >= limit or (tags and tags <= drop_tags):
         merged.stale += 1
         return False
+    if event.step == limit - 1:
+        merged.last |= {(event.step, tag) for tag in tags}
     for value in event.summary.value:
         plugin = value.metadata.plugin_data
         if plugin.plugin_name == hparams_metadata.PLUGIN_NAME:
@@ -286,7 +283,7 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
             temporary.unlink()
             return merged
         os.rename(temporary, _next_path(log_dir))
-        _sync_folder(log_dir)
+        flush_folder(log_dir)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -456,7 +453,7 @@ class TensorBoardLog:
                 self._resume()
             self._open([_version_record(), _start_record(first_step)])
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FULL:
                 raise ValueError(
                     f"cannot write TensorBoard events to {self.log_dir} "
                     f"({error.strerror or error}): choose another --tensorboard_dir, "
@@ -500,7 +497,7 @@ class TensorBoardLog:
         self._size = 0
         try:
             self._append(_frame(records))
-            _sync_folder(self.log_dir)
+            flush_folder(self.log_dir)
         except OSError:
             self._abandon()
             with contextlib.suppress(OSError):
@@ -578,14 +575,23 @@ class TensorBoardLog:
 
     # -- what is logged ---------------------------------------------------------------------------
 
+    # A checkpoint may have been saved in the middle of an evaluation, which was then completed and
+    # logged before the crash. The resume repeats it: what the timeline has of that step stays.
+
     def scalars(self, values: dict[str, float], step: int) -> None:
         """One point for each tag, all in one record: about 30 bytes a tag. NaN and inf are fine."""
-        points = [Summary.Value(tag=tag, simple_value=float(v)) for tag, v in values.items()]
-        self._write(step, [Summary(value=points)])
+        points = [
+            Summary.Value(tag=tag, simple_value=float(v))
+            for tag, v in values.items()
+            if (step, tag) not in self._kept.last
+        ]
+        if points:
+            self._write(step, [Summary(value=points)])
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Text exactly as it is, whatever is in it; nothing in it is rendered (see as_code)."""
-        self._write(step, [torch_summary.text(tag, as_code(text))])
+        if (step, f"{tag}/text_summary") not in self._kept.last:
+            self._write(step, [torch_summary.text(tag, as_code(text))])
 
     def histograms(self, tensors: dict[str, Tensor], step: int) -> None:
         """The distribution of each tensor's finite values, about 1.2 KB each; one copy to the host
@@ -656,7 +662,9 @@ class TensorBoardLog:
         try:
             if was_open:
                 self._abandon()
+            last = self._kept.last
             self._kept = _clean(self.log_dir, float("inf"), tags)
+            self._kept.last = last
             if was_open:
                 self._open([_version_record()])
         except OSError as error:

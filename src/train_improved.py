@@ -23,6 +23,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
+from supervisor import StopRequested, Supervisor, begin, is_lost_peer
+
+if __name__ == "__main__":
+    begin()  # before the slow imports: from here on Ctrl-C leaves without a traceback
+
 # Threads that wait should sleep, not spin: with anything else running on the machine a CPU step is
 # 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,10 +52,9 @@ import run_summary
 import tokenizer
 from chunked_loss import chunked_cross_entropy, next_token_losses
 from console import marked
-from flags import check_ranges, flag, merge, parse_flags, to_toml
+from flags import check_ranges, check_types, flag, merge, parse_flags, to_toml
 from guard import Guard, GuardGaveUp, LossScale
 from sample import KVCache, generate
-from supervisor import StopRequested, Supervisor
 from tokenizer import VOCAB_SIZE
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -562,12 +566,13 @@ class Distributed:
         return values
 
     def on_main(self, function):
-        """The plain value that `function` returns on rank 0, and its ValueError, on every rank."""
+        """The plain value that `function` returns on rank 0, and what it finds wrong, on every
+        rank (as ValueError)."""
         value = error = None
         if self.is_main:
             try:
                 value = function()
-            except ValueError as e:
+            except (ValueError, OSError) as e:
                 error = str(e)
         if self.world_size > 1:
             box = [value, error]
@@ -594,8 +599,6 @@ class TrainState:
     evaluated_step: int = -1  # last step whose evaluation is complete and logged
     validation_loss: float = math.inf  # of the last evaluation
     best_loss: float = math.inf
-    best_saved_loss: float = math.inf  # of the checkpoint that is kept as the best
-    best_saved_step: int = -1
     hellaswag: float = -1.0  # accuracy at the last evaluation, -1 = never scored
     recent_losses: list = dataclasses.field(default_factory=list)  # the guard's window
     consecutive_skips: int = 0
@@ -647,12 +650,25 @@ def restore(run: "Run", checkpoint: dict) -> None:
         setattr(run.state, name, value)
 
 
+CHECKPOINT_PARTS = {
+    **dict.fromkeys(("model", "optimizer", "config", "state", "rng", "data", "machine"), dict),
+    **{"step": int, "asked": list, "loss_scale": list, "tokenizer": str, "run_name": str},
+}
+
+
 def load_checkpoint(path: Path) -> dict:
     """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
     checkpoint = checkpoint_files.load(path)
-    expected = {"model", "optimizer", "step", "config", "state", "data", "machine", "tokenizer"}
-    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of this program: start from another file")
+    try:
+        for part, kind in CHECKPOINT_PARTS.items():
+            if not isinstance(checkpoint.get(part), kind):
+                raise ValueError(f"{part} is {checkpoint.get(part)!r:.100}")
+        check_types(Config, checkpoint["config"])
+        check_types(TrainState, checkpoint["state"])
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no checkpoint of this program ({error}): start from another file"
+        ) from None
     if checkpoint["tokenizer"] != tokenizer.fingerprint():
         raise ValueError(
             f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
@@ -661,15 +677,20 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> Path | None:
-    """The file that --resume means, or None: for auto, where there is nothing to resume."""
-    if resume not in ("latest", "auto"):
-        return Path(resume)
+def find_checkpoint(
+    resume: str | None, run_name: str | None, checkpoint_dir: Path, restarted: bool
+) -> Path | None:
+    """The file that --resume means; None: for auto, where there is nothing to resume.
+
+    restarted: run_name is what an earlier attempt of this torchrun began. Its newest checkpoint
+    counts then, unless --resume names a file that is further.
+    """
+    by_path = resume not in (None, "latest", "auto")
     path, skipped = None, []
-    if run_name is not None:
+    if run_name is not None and (restarted or not by_path):
         path, skipped = checkpoint_files.find_latest(checkpoint_dir / run_name)
     # Under auto a named run that has no checkpoint yet starts fresh: a restart is not a transfer.
-    if path is None and not (resume == "auto" and run_name is not None):
+    if path is None and (resume == "latest" or (resume == "auto" and run_name is None)):
         path, more = checkpoint_files.find_latest_anywhere(checkpoint_dir)
         skipped += [entry for entry in more if entry not in skipped]
     for bad, reason in skipped:
@@ -679,7 +700,10 @@ def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> 
             f"--resume latest: no valid checkpoint under {checkpoint_dir}; leave --resume out to "
             "start a new run, or use --resume auto in scripts"
         )
-    return path
+    if by_path and path is not None:
+        came_to, named = (checkpoint_files.read_info(p).get("step", 0) for p in (path, resume))
+        return path if came_to > named else Path(resume)
+    return Path(resume) if by_path else path
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -687,6 +711,15 @@ def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> 
 # training goes on with the same numbers whether or not it was evaluated.
 
 EVAL_TOKENS = 16_384  # in a forward pass without gradients
+
+
+@contextlib.contextmanager
+def reading_data():
+    """Data that goes bad in mid-run: stop with the work saved, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
 
 
 def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
@@ -699,7 +732,8 @@ def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
     sums = []  # on the device: the host waits for them once, at the end
     for start in range(0, len(mine), batch_size):
         run.poll()
-        windows = run.val_data.windows_in_order(mine[start : start + batch_size])
+        with reading_data():
+            windows = run.val_data.windows_in_order(mine[start : start + batch_size])
         batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
         with torch.inference_mode(), run.autocast():
             x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
@@ -1070,6 +1104,8 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             Path(cfg.tensorboard_dir, cfg.run_name), monitor.say
         ).__enter__()
     compilations = None  # until the first step is done
+    kept = (cfg.keep_checkpoints, cfg.keep_every)
+    updating = False  # weights and moments may not belong together
     mark = time.monotonic()
 
     def settle():
@@ -1113,23 +1149,20 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             monitor.say(f"WARNING step {state.step}: weights are not finite, no checkpoint written")
             return
         evaluated = state.evaluated_step == state.step and due(cfg.eval_freq, state, cfg)
-        if evaluated and state.validation_loss < state.best_saved_loss:
-            state.best_saved_loss, state.best_saved_step = state.validation_loss, state.step
         monitor.flush()
         pause()
         saver.save(
             checkpoint_files.step_path(folder, state.step),
             checkpoint_of(run),
             info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=lambda best=state.best_saved_step: checkpoint_files.retain(
-                folder, cfg.keep_checkpoints, cfg.keep_every, best
-            ),
+            on_done=lambda: checkpoint_files.retain(folder, *kept),
+            on_full=lambda: checkpoint_files.make_room(folder, *kept),
         )
         saved = (state.step, state.evaluated_step)
         pause()
 
-    def poll():
-        supervisor.poll()
+    def poll(waiting=False):
+        supervisor.poll(waiting)
         if supervisor.take_save_request():
             monitor.say(f"step {state.step:>5}: SIGUSR1, saving")
             save()
@@ -1150,10 +1183,8 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
                 return
 
             # A step: batch, gradients, then (while the device works) the previous step's metrics.
-            try:
-                batch = loader.next_batch(run.poll)
-            except (ValueError, OSError) as error:  # a shard went bad: keep the work, name it
-                raise StopRequested(2, str(error)) from None
+            with reading_data():
+                batch = loader.next_batch(lambda: poll(waiting=True))
             loss = forward_backward(run, train_model, batch)
             settle()
             if state.consecutive_skips >= cfg.max_skips:
@@ -1175,10 +1206,12 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             optimizer.found_inf = bad.float()
             look = run.dist.is_main and health.look_due(state.step + 1)
             norms = health.UpdateNorms(run.model, optimizer) if look else None
+            updating = True
             optimizer.step()
             run.loss_scale.update(bad)
 
             state.step += 1
+            updating = False
             first_window = state.position
             state.position = loader.position
             values = torch.stack([loss, norm, bad.float()])
@@ -1202,9 +1235,11 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
                 settle()
                 monitor.histograms(run.model, state.step)
                 pause()
-    except StopRequested:
-        save()
-        raise
+    except (StopRequested, RuntimeError) as error:
+        stop = supervisor.stop_for(error)
+        if not updating:
+            save()
+        raise stop from None
 
 
 def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
@@ -1251,20 +1286,6 @@ def build_sample_corpus() -> None:
         data_shards.sample_corpus(SAMPLE_DIR)
 
 
-def new_run_name(model: str) -> str:
-    """Model and time; under torchrun also its run id, so that its restarts find the run again."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    suffix = "" if run_id == "none" else f"-{run_id[:8]}"
-    return f"{model}-{datetime.now():%Y%m%d-%H%M%S}{suffix}"
-
-
-def name_before_restart(checkpoint_dir: Path) -> str | None:
-    """Under a restarted torchrun: the name that its first attempt chose, if it saved anything."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")[:8]
-    names = sorted(p.name for p in checkpoint_dir.glob(f"*-{run_id}") if p.is_dir())
-    return names[-1] if names else None
-
-
 def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     """From flags to a run whose every default is decided; nothing is written but the sample corpus.
 
@@ -1274,17 +1295,14 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     checkpoint_dir = Path(options.checkpoint_dir)
     if options.run_name is not None:
         checkpoint_files.validate_run_name(options.run_name)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = options.resume or ("auto" if restarted else None)
-    name = options.run_name
-    if restarted and name is None and options.resume is None:
-        name = dist.on_main(lambda: name_before_restart(checkpoint_dir))
-        resume = resume if name else None
-    path = checkpoint = None
-    if resume:
-        path = dist.on_main(lambda: find_checkpoint(resume, name, checkpoint_dir))
-    if path is not None:
-        checkpoint = load_checkpoint(path)
+    begun = None  # by an earlier attempt of this torchrun (--max-restarts)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        begun = dist.on_main(lambda: checkpoint_files.run_of_launcher(checkpoint_dir))
+    name = begun or options.run_name
+    path = dist.on_main(
+        lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
+    )
+    checkpoint = load_checkpoint(path) if path is not None else None
 
     cfg, changes = merge_config(given, checkpoint, dist.device.type, dist.world_size)
     weights = {}
@@ -1293,7 +1311,8 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
     cfg.run_name = name or (checkpoint and checkpoint["run_name"])
-    cfg.run_name = cfg.run_name or dist.on_main(lambda: new_run_name(cfg.model))
+    new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
     if cfg.data_dir == SAMPLE_DIR:
         dist.on_main(build_sample_corpus)
     train_data = data_shards.open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
@@ -1368,27 +1387,26 @@ def preflight(run: Run, checkpoint: dict | None) -> None:
     if existing and checkpoint is None:
         raise ValueError(
             f"--run_name {cfg.run_name}: {folder} holds checkpoints up to step {existing[-1].step} "
-            "already; go on with --resume latest, or choose another name"
+            "already; go on with --resume latest (if they are whole), or choose another name"
         )
+    warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
         try:
-            checkpoint_files.check_writable(path)
+            warnings += [checkpoint_files.check_writable(path)]
         except ValueError as error:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
-        run.locks.append(checkpoint_files.RunLock().acquire(path))
+        if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
+            run.locks.append(checkpoint_files.RunLock().acquire(path))
     checkpoint_files.sweep(folder)
     for beyond in existing if run.resumes_own_name else ():
         if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
             beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
             print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
-    need, free = run_summary.checkpoint_bytes(run.model), checkpoint_files.free_bytes(folder)
-    if free < 2 * need:
-        warning = (
-            f"WARNING {folder} has {free / 1e9:.2f} GB free and a checkpoint takes "
-            f"{need / 1e9:.2f} GB (two while one is replaced): saving fails until there is room"
-        )
-        print(marked(warning), flush=True)
-    run_summary.store_config(run, log_folder)
+    step = checkpoint["step"] if checkpoint else 0
+    warnings += run_summary.disk_warnings(run, step, folder, log_folder)
+    warnings += [run_summary.memory_warning(run), run_summary.store_config(run, log_folder)]
+    for warning in filter(None, warnings):
+        print(marked(f"WARNING {warning}"), flush=True)
 
 
 def build(run: Run, checkpoint: dict | None):
@@ -1398,7 +1416,11 @@ def build(run: Run, checkpoint: dict | None):
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
-        restore(run, checkpoint)
+        try:
+            restore(run, checkpoint)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
     asked_to_compile = cfg.compile
     if cfg.compile is None:
         cfg.compile = dist.device.type == "cuda"
@@ -1417,7 +1439,10 @@ def build(run: Run, checkpoint: dict | None):
     )
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     monitor = Monitor(run, peak)
-    saver = checkpoint_files.BackgroundSaver(monitor.say) if dist.is_main else None
+    saver = None
+    if dist.is_main:
+        saver = checkpoint_files.BackgroundSaver(monitor.say)
+        saver.allocate(checkpoint_of(run), at_least=run_summary.checkpoint_bytes(run.model))
     return train_model, loader, saver, monitor
 
 
@@ -1446,13 +1471,16 @@ def main() -> int:
             return 0
         dist.on_main(lambda: preflight(run, checkpoint))
         train_model, loader, saver, monitor = build(run, checkpoint)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
         print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        print("error: another process ended while this one was starting", file=sys.stderr)
+        return 1
     if not run.hellaswag_items and run.cfg.hellaswag_freq:
         monitor.say(
             f"HellaSwag is off, {run.cfg.hellaswag_file} is not there: get it (12 MB) with "
@@ -1472,8 +1500,10 @@ def main() -> int:
         code = 1
         monitor.say(f"ERROR {story}")
     loader.close()
-    if saver is not None:
-        saver.close()
+    if saver is not None and not saver.close():
+        code = 1
+        path, reason = saver.failures()[-1]
+        monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     monitor.close(finished=run.state.step >= run.cfg.max_steps)
     monitor.say(run_summary.farewell(run))
     supervisor.leave(code)
