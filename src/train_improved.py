@@ -37,6 +37,7 @@ import checkpoint_files
 import data_shards
 import hellaswag
 import machine
+import muon
 import run_summary
 import tokenizer
 from chunked_loss import chunked_cross_entropy, next_token_losses
@@ -69,6 +70,7 @@ TRAINING = {
 SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "val_tokens": 65_536}
 FINEWEB_DIR, SAMPLE_DIR = "data/fineweb_edu_10B", "data/sample"
 WARMUP_TOKENS = 375e6  # 715 steps of the reference run
+WSD_WARMUP = 100  # steps at most: where a run can be extended its length must not matter
 
 
 @dataclass
@@ -115,14 +117,27 @@ class Config:
     )
     seed: int = flag(1337, "of initial weights, data order and samples")
 
-    max_lr: float | None = flag(
-        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3]", group="optimizer", above=0
+    optimizer: str = flag(
+        "adamw",
+        "adamw, or muon on the matrices inside the blocks and adamw on the rest",
+        group="optimizer",
+        choices=("adamw", "muon"),
     )
-    min_lr: float | None = flag(None, "learning rate of the last step [a tenth of max_lr]")
+    max_lr: float | None = flag(None, "peak learning rate [6e-4 for gpt2; tiny 3e-3]", above=0)
+    min_lr: float | None = flag(
+        None, "learning rate of the last step [cosine a tenth of max_lr, else 0]"
+    )
+    schedule: str = flag(
+        "cosine",
+        "after the warm-up: cosine to min_lr, linear to it, or wsd: stable, then linear to it",
+        choices=("cosine", "linear", "wsd"),
+    )
+    decay_share: float = flag(0.2, "share of the run in which wsd decays", above=0)
     warmup_steps: int | None = flag(
-        None, "steps of linear warm-up [375M tokens, at most a tenth of the run]"
+        None, "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]"
     )
-    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    weight_decay: float = flag(0.1, "share of the matrices taken away at learning rate 1")
+    momentum: float = flag(0.95, "decay of Muon's momentum")
     beta1: float = flag(0.9, "decay of AdamW's first moment")
     beta2: float = flag(0.95, "decay of AdamW's second moment")
     grad_clip: float = flag(1.0, "largest gradient norm applied; 0 = no clipping")
@@ -218,7 +233,8 @@ def resolve_model(cfg: Config, device: str) -> None:
             setattr(cfg, name, value)
     cfg.hellaswag_freq = cfg.eval_freq if cfg.hellaswag_freq is None else cfg.hellaswag_freq
     cfg.sample_freq = cfg.eval_freq if cfg.sample_freq is None else cfg.sample_freq
-    cfg.min_lr = 0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr
+    if cfg.min_lr is None:
+        cfg.min_lr = 0.1 * cfg.max_lr if cfg.schedule == "cosine" else 0.0
     if cfg.sample_tokens is None:
         prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
@@ -234,7 +250,8 @@ def resolve_length(cfg: Config, train_tokens: int) -> None:
                 f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
             )
     if cfg.warmup_steps is None:
-        cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), cfg.max_steps // 10)
+        longest = WSD_WARMUP if cfg.schedule == "wsd" else cfg.max_steps // 10
+        cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), longest)
 
 
 def validate(cfg: Config, world_size: int) -> None:
@@ -366,7 +383,15 @@ class GPT(nn.Module):
                 # Two additions to the residual stream per layer: scaled so that its variance at
                 # the output does not grow with depth (GPT-2 paper, section 2.3).
                 residual = name.endswith("c_proj.weight")
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02)
+                std = 0.02 / math.sqrt(2 * n_layer) if residual else 0.02
+                X = muon.X
+                if residual and X.get("zero_init"):
+                    std = 0.0
+                if "wte" in name:
+                    std = X.get("wte_std", std)
+                if "wpe" in name:
+                    std = X.get("wpe_std", std)
+                nn.init.normal_(p, std=std)
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -408,25 +433,57 @@ class GPT(nn.Module):
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then a cosine to min_lr at max_steps."""
+    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
+
+    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
+    the last --decay_share of the run.
+    """
+    left = cfg.max_steps - step
+    if cfg.schedule == "wsd":
+        # The lower of two ramps, so that a step before the decay does not depend on the length.
+        rise = step / max(1, cfg.warmup_steps)
+        share = min(1.0, rise, max(0, left) / (cfg.decay_share * cfg.max_steps))
+        return share * cfg.max_lr if rise <= share else cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
     if step <= cfg.warmup_steps:
         return cfg.max_lr * step / cfg.warmup_steps
-    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (
-        cfg.max_lr - cfg.min_lr
-    )
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    if cfg.schedule == "linear":
+        share = 1 - progress
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
 
 
-def make_optimizer(model: GPT, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
+def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
+    """Weight decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT.
+
+    With muon the matrices inside the blocks are Muon's; c_attn's are three each.
+    """
+    X = muon.X
+    hidden = {}
+    if cfg.optimizer == "muon":
+        hidden = {n: p for n, p in model.transformer.h.named_parameters() if p.dim() >= 2}
+    ours = {id(p) for p in hidden.values()}
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in ours]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": X.get("embed_wd", cfg.weight_decay), "scale": X.get("embed_scale", 1.0)},
+        {"params": vectors, "weight_decay": 0.0, "scale": X.get("vector_scale", 1.0)},
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    betas = (cfg.beta1, cfg.beta2)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=X.get("eps", 1e-8), fused=True)
+    if cfg.optimizer == "adamw":
+        return adamw
+    common = {"weight_decay": cfg.weight_decay, "momentum": cfg.momentum, "scale": 1.0}
+    attention = [p for n, p in hidden.items() if n.endswith("c_attn.weight")]
+    others = [p for n, p in hidden.items() if not n.endswith("c_attn.weight")]
+    parts = {"whole": 1, "three": 3, "heads": 3 * cfg.n_head}[X.get("split", "three")]
+    return muon.MuonAdamW(
+        [common | {"params": attention, "parts": parts}, common | {"params": others, "parts": 1}],
+        adamw,
+        torch.bfloat16 if not X.get("ns32") else torch.float32,
+    )
 
 
 # --- Distributed ----------------------------------------------------------------------------------
@@ -570,9 +627,10 @@ def checkpoint_of(run: "Run") -> dict:
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
     run.model.load_state_dict(checkpoint["model"])
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, decay in zip(run.optimizer.param_groups, (run.cfg.weight_decay, 0.0), strict=True):
-        group |= {"weight_decay": decay, "betas": (run.cfg.beta1, run.cfg.beta2)}
+    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
+        group |= ours  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
         t.to(device) for t in checkpoint["loss_scale"]
@@ -1034,7 +1092,7 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             limit, lr = guard.limit(), learning_rate(state.step + 1, cfg)
             bad = guard.is_bad(loss, norm, limit)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.found_inf = bad.float()
             optimizer.step()
             run.loss_scale.update(bad)
