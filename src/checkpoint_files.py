@@ -499,12 +499,18 @@ def sweep(folder) -> list[Path]:
     return removed
 
 
-def retain(folder, keep_last: int, keep_every: int = 0, best_step: int | None = None) -> list[str]:
+def retain(
+    folder,
+    keep_last: int,
+    keep_every: int = 0,
+    best_step: int | None = None,
+    stable_step: int | None = None,
+) -> list[str]:
     """Delete old checkpoints in `folder`; returns a warning for each that could not be deleted.
 
     Kept are the `keep_last` highest steps (0: all), multiples of `keep_every` (0: none for that
-    reason), `best_step`, the file written last (after a roll-back it is not the highest step), and
-    at least one that verifies. Only regular files with our name and our comment are ever deleted,
+    reason), `best_step`, `stable_step` (where a run can be extended), the file written last (after a
+    roll-back it is not the highest step), and at least one that verifies. Only regular files with our name and our comment are ever deleted,
     and only those count. What this process wrote or verified is not hashed again.
     """
     ours = []
@@ -517,7 +523,7 @@ def retain(folder, keep_last: int, keep_every: int = 0, best_step: int | None = 
         return []
     keep = {c.step for c in ours[-keep_last:]}
     keep |= {c.step for c in ours if keep_every > 0 and c.step % keep_every == 0}
-    keep |= {best_step, max(ours, key=lambda c: c.mtime).step}
+    keep |= {best_step, stable_step, max(ours, key=lambda c: c.mtime).step}
     if not any(_is_known_good(c.path) for c in ours if c.step in keep):
         whole, _ = _first_whole(ours[::-1])
         if whole is None:

@@ -118,7 +118,7 @@ class MuonAdamW(torch.optim.Optimizer):
             rank, start = places[i]
             if rank == self.rank:
                 update = self._orthogonalized(group, x)
-                mine[start : start + x.numel()] = update.view(-1)
+                mine[start : start + x.numel()] = update.reshape(-1)
         everything = torch.empty(self.world_size * len(mine), dtype=self.dtype, device=device)
         torch.distributed.all_gather_into_tensor(everything, mine)
         everything = everything.view(self.world_size, -1)

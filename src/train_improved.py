@@ -180,6 +180,11 @@ class Config:
     resume: str | None = flag(
         None, "latest, auto (fresh if there is none) or a checkpoint's path", resume="machine"
     )
+    decay_from: str | None = flag(
+        None,
+        "branch off a wsd run: from this checkpoint of its stable part decay at once, as a new run",
+        resume="machine",
+    )
 
     device: str | None = flag(
         None, "cuda, cpu or mps [the best there is]", group="machine", resume="machine"
@@ -202,6 +207,12 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
     if checkpoint is None:
         return merge(Config, given, None, False, set())
     saved, made_on = checkpoint["config"], checkpoint["machine"]
+    saved = {"optimizer": "adamw"} | saved
+    if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
+        raise ValueError(
+            f"--optimizer {given['optimizer']} does not fit the checkpoint, which holds the state "
+            f"of {saved['optimizer']}: leave --optimizer out, or start anew"
+        )
     preset = PRESETS.get(given.get("model"), saved)
     for name in ("n_layer", "n_head", "n_embd", "seq_len"):
         if given.get(name, preset[name]) != saved[name]:
@@ -212,7 +223,7 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
     # A value that was derived is derived again when what it came from is given anew.
     derived_from = {
         "max_steps": {"epochs", "total_batch_size", "data_dir"},
-        "min_lr": {"max_lr"},
+        "min_lr": {"max_lr", "schedule"},
     }
     asked = set(checkpoint["asked"])
     stale = {n for n, sources in derived_from.items() if n not in asked and sources & set(given)}
@@ -262,6 +273,8 @@ def validate(cfg: Config, world_size: int) -> None:
         if not ok:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {what}")
 
+    need(cfg.decay_share < 1, "decay_share", "must be below 1")
+    need(cfg.momentum < 1, "momentum", "must be below 1")
     need(cfg.beta1 < 1, "beta1", "must be below 1")
     need(cfg.beta2 < 1, "beta2", "must be below 1")
     need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
@@ -438,12 +451,10 @@ def learning_rate(step: int, cfg: Config) -> float:
     cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
     the last --decay_share of the run.
     """
-    left = cfg.max_steps - step
-    if cfg.schedule == "wsd":
-        # The lower of two ramps, so that a step before the decay does not depend on the length.
-        rise = step / max(1, cfg.warmup_steps)
-        share = min(1.0, rise, max(0, left) / (cfg.decay_share * cfg.max_steps))
-        return share * cfg.max_lr if rise <= share else cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
+    if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
+        rise = min(1.0, step / max(1, cfg.warmup_steps))
+        fall = min(1.0, (cfg.max_steps - step) / (cfg.decay_share * cfg.max_steps))
+        return min(rise * cfg.max_lr, cfg.min_lr + fall * (cfg.max_lr - cfg.min_lr))
     if step <= cfg.warmup_steps:
         return cfg.max_lr * step / cfg.warmup_steps
     progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
@@ -452,6 +463,33 @@ def learning_rate(step: int, cfg: Config) -> float:
     else:
         share = 0.5 * (1 + math.cos(math.pi * progress))
     return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
+
+
+def last_stable_step(cfg: Config) -> int | None:
+    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
+    if cfg.schedule != "wsd":
+        return None
+    return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
+
+
+def plan_decay(given: dict, checkpoint: dict) -> dict:
+    """Flags that let a stable wsd run decay from this checkpoint on, in the same share of the run.
+
+    ValueError where the checkpoint is not from such a run's stable part.
+    """
+    saved, step = Config(**checkpoint["config"]), checkpoint["step"]
+    if saved.schedule != "wsd":
+        what = f"of --schedule {saved.schedule}, and only wsd has a stable part to decay from"
+    elif not saved.warmup_steps <= step <= last_stable_step(saved):
+        what = (
+            f"of step {step}; the run was stable from step {saved.warmup_steps} to "
+            f"{last_stable_step(saved)}"
+        )
+    else:
+        share = given.get("decay_share", saved.decay_share)
+        max_steps = given.get("max_steps", round(step / (1 - share)))
+        return {"max_steps": max_steps, "decay_share": (max_steps - step) / max_steps}
+    raise ValueError(f"--decay_from {given['decay_from']}: is a checkpoint {what}")
 
 
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
@@ -1043,7 +1081,7 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             checkpoint_of(run),
             info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
             on_done=lambda best=state.best_saved_step: checkpoint_files.retain(
-                folder, cfg.keep_checkpoints, cfg.keep_every, best
+                folder, cfg.keep_checkpoints, cfg.keep_every, best, last_stable_step(cfg)
             ),
         )
         saved = (state.step, state.evaluated_step)
@@ -1064,7 +1102,9 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
                 pause()
                 evaluate(run, monitor)
                 pause()
-            if state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg):
+            if state.step == last_stable_step(cfg) or (
+                state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg)
+            ):
                 save()
             if state.step >= cfg.max_steps:
                 settle()
@@ -1189,14 +1229,24 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = options.resume or ("auto" if restarted else None)
     name = options.run_name
+    if options.decay_from:
+        if resume not in (None, "auto"):
+            raise ValueError(f"--resume {resume}: --decay_from says where to begin, give only that")
+        branched = Path(options.decay_from)
+        name = name or f"{branched.resolve().parent.name}-{branched.stem}-decayed"
     if restarted and name is None and options.resume is None:
         name = dist.on_main(lambda: name_before_restart(checkpoint_dir))
         resume = resume if name else None
     path = checkpoint = None
     if resume:
         path = dist.on_main(lambda: find_checkpoint(resume, name, checkpoint_dir))
+    branches_off = path is None and options.decay_from is not None
+    if branches_off:
+        path = Path(options.decay_from)
     if path is not None:
         checkpoint = load_checkpoint(path)
+    if branches_off:
+        given = given | plan_decay(given, checkpoint)
 
     cfg, changes = merge_config(given, checkpoint, dist.device.type, dist.world_size)
     resolve_model(cfg, dist.device.type)
@@ -1259,7 +1309,7 @@ def preflight(run: Run, checkpoint: dict | None) -> None:
     folder = run.checkpoint_folder
     log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     existing = checkpoint_files.list_checkpoints(folder)
-    if existing and checkpoint is None:
+    if existing and (checkpoint is None or (cfg.decay_from and not run.resumes_own_name)):
         raise ValueError(
             f"--run_name {cfg.run_name}: {folder} holds checkpoints up to step {existing[-1].step} "
             "already; go on with --resume latest, or choose another name"
