@@ -4,16 +4,19 @@ import argparse
 import dataclasses
 
 
-def flag(default, help, *, group=None, choices=None, resume="hyper", least=0, above=None):
+def flag(
+    default, help, *, group=None, choices=None, resume="hyper", least=0, above=None, several=False
+):
     """A field that is a flag; its annotation (int, float, str, bool, or one `| None`) is its type.
 
     `resume` says where a resumed run takes the value from when the flag is not given: "hyper" the
     checkpoint; "exact" the checkpoint, if device type and process count are the same; "machine"
     the default. `group` opens a new group in --help with this field. Numbers must be at least
-    `least`, or more than `above` where that is given (`check_ranges`).
+    `least`, or more than `above` where that is given (`check_ranges`). A text with `several` may
+    be given as several words; they are joined by blanks.
     """
     metadata = {"help": help, "group": group, "choices": choices, "resume": resume}
-    metadata |= {"least": least, "above": above}
+    metadata |= {"least": least, "above": above, "several": several}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -40,12 +43,15 @@ def parse_flags(config_class, description: str, argv: list[str]) -> dict:
             negatable = field.default is None or meta["resume"] == "hyper"
             action = argparse.BooleanOptionalAction if negatable else "store_true"
             group.add_argument(f"--{field.name}", action=action, help=text)
+        elif meta["several"]:
+            group.add_argument(f"--{field.name}", nargs="+", metavar="STR", help=text)
         else:
             metavar = None if meta["choices"] else kind.__name__.upper()
             group.add_argument(
                 f"--{field.name}", type=kind, choices=meta["choices"], metavar=metavar, help=text
             )
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    return {name: " ".join(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def merge(config_class, given: dict, saved: dict | None, same_machine: bool, stale: set[str]):

@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_improved.py, 
 import numpy as np
 import torch
 
-from chunked_loss import next_token_losses
+from chunked_loss import next_token_losses, padded
 from tokenizer import get_tokenizer
 
 DEFAULT_FILE = "data/hellaswag/hellaswag_val.jsonl"
@@ -219,8 +219,8 @@ def score(
         return []
     weight = model.lm_head.weight
     device = weight.device
-    if batch_tokens is None:  # logits that malloc can reuse (below 32 MB), against a busy GPU
-        batch_tokens = 256 if device.type == "cpu" else 16_384
+    if batch_tokens is None:  # what keeps the device busy
+        batch_tokens = 1024 if device.type == "cpu" else 16_384
     multiple = 1 if device.type == "cpu" else 32  # few different shapes: GPU memory is reused
 
     fitted = [_fit(item, model.seq_len) for item in items]
@@ -228,8 +228,10 @@ def score(
     order = sorted(range(len(items)), key=lambda i: -lengths[i])  # alike together: little padding
     losses, start = [], 0
     with autocast():
-        if torch.is_autocast_enabled(device.type):  # once, and not in each pass
-            weight = weight.to(torch.get_autocast_dtype(device.type))
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        weight = padded(weight, dtype)  # once, and not in each pass
         while start < len(order):
             T = math.ceil(lengths[order[start]] / multiple) * multiple
             batch = order[start : start + max(1, batch_tokens // T)]
@@ -389,6 +391,7 @@ def _fetch(url: str, part: Path, say: Callable[[str], object]) -> None:
 def load_model(path, device: torch.device):
     """The GPT in a checkpoint of train_improved.py, for evaluation."""
     import checkpoint_files
+import machine
     import train_improved
 
     checkpoint = checkpoint_files.load(path)
@@ -420,6 +423,8 @@ def _choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch built without CUDA
         reason = str(e).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}; try cpu") from None
+    if name == "cpu":
+        machine.keep_freed_memory()
     return torch.device(name)
 
 

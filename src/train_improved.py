@@ -87,9 +87,10 @@ class Config:
 
     data_dir: str | None = flag(
         None,
-        "folder of token shards, or a mixture 'a:0.7 b:0.3' "
+        "folder of token shards, or a mixture, a:0.7 b:0.3 "
         "[data/fineweb_edu_10B if prepared, else a small sample corpus]",
         group="data",
+        several=True,
     )
     allow_data_change: bool = flag(
         False, "resume although the data is not what the checkpoint saw", resume="machine"
@@ -196,6 +197,9 @@ class Config:
         resume="exact",
     )
     compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume="machine")
+    profile: bool = flag(
+        False, "write a trace of steps 4 to 6 of this command to the log folder", resume="machine"
+    )
     dry_run: bool = flag(False, "print the whole plan and stop", resume="machine")
 
 
@@ -973,6 +977,7 @@ class Run:
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
     poll: Callable[[], None] = lambda: None  # called often: notices signals, may raise
+    last_micro: bool = False  # of this step: the pass that synchronises gradients
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -1011,14 +1016,37 @@ def forward_backward(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
     """Gradients of one step's mean loss over all micro-batches and ranks -> that loss, (), fp32.
 
     batch (sequences, T+1) is this rank's share. Gradients are synchronised once, in the last
-    backward pass, while it runs.
+    backward pass, while it runs. Out of memory: once more, with a smaller micro-batch.
     """
     run.optimizer.zero_grad(set_to_none=True)
+    try:
+        return accumulate_gradients(run, train_model, batch)
+    except RuntimeError as error:
+        size, synchronising = run.cfg.micro_batch_size, run.dist.world_size > 1 and run.last_micro
+        if not machine.is_out_of_memory(error) or size == 1:
+            raise
+        run.cfg.micro_batch_size = machine.smaller(size, len(batch))
+        machine.remember_smaller(run.model, run.dist.device, run.dtype, run.cfg.micro_batch_size)
+        print(
+            f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
+            f"{run.cfg.micro_batch_size} from now on (same batch, same numbers)",
+            flush=True,
+        )
+        if synchronising:
+            raise  # the other ranks have summed half of the gradients: only a restart helps
+    if run.dist.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return forward_backward(run, train_model, batch)
+
+
+def accumulate_gradients(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
+    """One forward and backward pass for each micro-batch."""
     micro_batches = batch.split(run.cfg.micro_batch_size)
     mean_loss = torch.zeros((), device=batch.device)
     for i, micro in enumerate(micro_batches):
         run.poll()
-        local = run.dist.world_size > 1 and i + 1 < len(micro_batches)
+        run.last_micro = i + 1 == len(micro_batches)
+        local = run.dist.world_size > 1 and not run.last_micro
         with train_model.no_sync() if local else contextlib.nullcontext():
             with run.autocast():
                 loss = train_model(micro[:, :-1], micro[:, 1:]) / len(micro_batches)
@@ -1034,6 +1062,12 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
     guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
     pending = None  # the last step's metrics, still on their way from the device
     saved = (state.step, state.evaluated_step)
+    profiler = None
+    if cfg.profile and run.dist.is_main:
+        profiler = machine.profiler(
+            Path(cfg.tensorboard_dir, cfg.run_name), monitor.say
+        ).__enter__()
+    compilations = None  # until the first step is done
     mark = time.monotonic()
 
     def settle():
@@ -1149,6 +1183,12 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             pending = (values, arrived, lr, limit, first_window)
             if arrived is None:
                 settle()  # nothing runs behind the host's back
+            if profiler is not None:
+                profiler.step()
+            if cfg.compile and compilations != (now := machine.compilations()):
+                if compilations is not None:
+                    monitor.say(f"WARNING step {state.step}: torch.compile compiled again")
+                compilations = now
             if due(cfg.histogram_freq, state, cfg) or (cfg.histogram_freq and state.step == 1):
                 settle()
                 monitor.histograms(run.model, state.step)
@@ -1287,11 +1327,13 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    if not cfg.dry_run:
+        run.model.to(dist.device)
     if cfg.micro_batch_size is None:
         sequences = cfg.total_batch_size // cfg.seq_len // dist.world_size
         cfg.micro_batch_size = dist.on_main(
             lambda: machine.choose_micro_batch(
-                run.model, sequences, dist.device, dtype, dist.world_size
+                run.model, sequences, dist.device, dtype, dist.world_size, run.autocast
             )
         )
     if dist.is_main:
@@ -1339,7 +1381,6 @@ def build(run: Run, checkpoint: dict | None):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
-    run.model.to(dist.device)
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
@@ -1354,6 +1395,7 @@ def build(run: Run, checkpoint: dict | None):
         cfg.compile = train_model is not run.model
         run.optimizer.zero_grad(set_to_none=True)
     if dist.world_size > 1:
+        # No static_graph: it cannot begin inside no_sync (gradient accumulation), LAB_NOTES.md.
         train_model = nn.parallel.DistributedDataParallel(train_model, gradient_as_bucket_view=True)
     windows = cfg.total_batch_size // cfg.seq_len
     loader = data_shards.StepLoader(
@@ -1371,6 +1413,8 @@ def main() -> int:
     dist = None
     try:
         dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
+        if dist.device.type == "cpu":
+            machine.keep_freed_memory()
         run, checkpoint = set_up(given, dist)
         if dist.is_main:
             print(run_summary.plan(run), flush=True)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ SMALL = (
     "--n_layer 2 --n_head 2 --n_embd 16 --seq_len 32 --total_batch_size 256 --dtype float32 "
     "--device cpu --max_lr 1e-2 --val_tokens 512 --sample_tokens 4 --num_samples 1"
 ).split()
+CACHE = tempfile.mkdtemp()  # nothing that another run remembers, nothing left in the user's
 
 
 def environment() -> dict:
     """One thread each: the machine has few cores and runs several processes at a time."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
     env = {k: v for k, v in os.environ.items() if k not in drop}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": CACHE}
 
 
 def start(*flags, cwd, data=None, script=SCRIPT, nproc=None, small=True):

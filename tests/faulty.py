@@ -4,7 +4,7 @@
 
 KIND: `loss`, `gradient` or `weights` turned into NaN, or `spike`, a loss a thousand times too
 large, in the steps FIRST to LAST; `crash` or `hang` in an evaluation from step FIRST on; `exit` of
-rank 1 in step FIRST.
+rank 1 in step FIRST; `memory` that from step FIRST on suffices for LAST sequences at a time.
 """
 
 import os
@@ -20,8 +20,14 @@ import train_improved as ti
 
 kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv = [str(Path(ti.__file__)), *sys.argv[4:]]
-forward_backward, validation_loss = ti.forward_backward, ti.validation_loss
+forward_backward, validation_loss, forward = ti.forward_backward, ti.validation_loss, ti.GPT.forward
 calls = 0
+
+
+def faulty_forward(model, idx_BT, targets_BT):
+    if kind == "memory" and calls >= first and len(idx_BT) > last:
+        raise torch.OutOfMemoryError("CUDA out of memory (a fault put in by a test)")
+    return forward(model, idx_BT, targets_BT)
 
 
 def faulty_forward_backward(run, train_model, batch):
@@ -54,4 +60,5 @@ def faulty_validation_loss(run):
 
 
 ti.forward_backward, ti.validation_loss = faulty_forward_backward, faulty_validation_loss
+ti.GPT.forward = faulty_forward
 sys.exit(ti.main())

@@ -249,3 +249,26 @@ def test_a_dead_rank_ends_the_others(tmp_path, data):
     start_time = time.monotonic()
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - start_time < 60
+
+
+def test_a_mixture_of_folders_resumes_exactly(tmp_path, data):
+    from conftest import write_data
+
+    other = write_data(tmp_path / "other", seed=5)
+    mixture = ["--data_dir", f"{data}:0.7", f"{other}:0.3"]
+    flags = [*FREQS, *mixture]
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    run(*flags, cwd=tmp_path / "whole")
+    process = start(*flags, cwd=tmp_path / "parts")
+    wait_for_step(process, 10)
+    process.kill()
+    process.communicate()
+    # the checkpoint knows the mixture
+    run("--resume", "latest", "--run_name", "a", cwd=tmp_path / "parts", small=False)
+    assert_same_training(checkpoint(tmp_path / "whole", 24), checkpoint(tmp_path / "parts", 24))
+    _, err = run(
+        "--resume", "latest", "--run_name", "a", "--max_steps", "30", "--data_dir",
+        f"{data}:0.6", f"{other}:0.4", cwd=tmp_path / "parts", small=False, expect=2,
+    )  # fmt: skip
+    assert "fingerprint" in err and "--allow_data_change" in err
