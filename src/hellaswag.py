@@ -391,7 +391,6 @@ def _fetch(url: str, part: Path, say: Callable[[str], object]) -> None:
 def load_model(path, device: torch.device):
     """The GPT in a checkpoint of train_improved.py, for evaluation."""
     import checkpoint_files
-import machine
     import train_improved
 
     checkpoint = checkpoint_files.load(path)
@@ -424,6 +423,8 @@ def _choose_device(name: str | None) -> torch.device:
         reason = str(e).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}; try cpu") from None
     if name == "cpu":
+        import machine
+
         machine.keep_freed_memory()
     return torch.device(name)
 
