@@ -168,7 +168,8 @@ def load(path: Path) -> dict:
 def report(run: dict) -> dict:
     print(
         f"{run['size']:>6} {run['arm']:<14} max_lr {run['max_lr']:<8.3g} seed {run['seed']} "
-        f"{run['steps']:>6} steps: loss {run['loss']:.4f}  ({run['cpu_seconds']:.0f} s of processor)",
+        f"{run['steps']:>6} steps: loss {run['loss']:.4f}, "
+        f"{run['cpu_seconds']:.0f} s of processor time",
         flush=True,
     )
     return run

@@ -509,9 +509,10 @@ def retain(
     """Delete old checkpoints in `folder`; returns a warning for each that could not be deleted.
 
     Kept are the `keep_last` highest steps (0: all), multiples of `keep_every` (0: none for that
-    reason), `best_step`, `stable_step` (where a run can be extended), the file written last (after a
-    roll-back it is not the highest step), and at least one that verifies. Only regular files with our name and our comment are ever deleted,
-    and only those count. What this process wrote or verified is not hashed again.
+    reason), `best_step`, `stable_step` (where a run can be extended), the file written last (after
+    a roll-back it is not the highest step), and at least one that verifies. Only regular files with
+    our name and our comment are ever deleted, and only those count. What this process wrote or
+    verified is not hashed again.
     """
     ours = []
     for candidate in list_checkpoints(folder):

@@ -400,15 +400,7 @@ class GPT(nn.Module):
                 # Two additions to the residual stream per layer: scaled so that its variance at
                 # the output does not grow with depth (GPT-2 paper, section 2.3).
                 residual = name.endswith("c_proj.weight")
-                std = 0.02 / math.sqrt(2 * n_layer) if residual else 0.02
-                X = muon.X
-                if residual and X.get("zero_init"):
-                    std = 0.0
-                if "wte" in name:
-                    std = X.get("wte_std", std)
-                if "wpe" in name:
-                    std = X.get("wpe_std", std)
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02)
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -497,35 +489,29 @@ def plan_decay(given: dict, checkpoint: dict) -> dict:
 
 
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
-    """Weight decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT.
-
-    With muon the matrices inside the blocks are Muon's; c_attn's are three each.
-    """
-    X = muon.X
-    hidden = {}
+    """Weight decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
+    hidden = []  # the matrices inside the blocks
     if cfg.optimizer == "muon":
-        hidden = {n: p for n, p in model.transformer.h.named_parameters() if p.dim() >= 2}
-    ours = {id(p) for p in hidden.values()}
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in ours]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+        hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
+    taken = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in taken]
     groups = [
-        {"params": matrices, "weight_decay": X.get("embed_wd", cfg.weight_decay), "scale": X.get("embed_scale", 1.0)},
-        {"params": vectors, "weight_decay": 0.0, "scale": X.get("vector_scale", 1.0)},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
     betas = (cfg.beta1, cfg.beta2)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=X.get("eps", 1e-8), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
     if cfg.optimizer == "adamw":
         return adamw
-    common = {"weight_decay": cfg.weight_decay, "momentum": cfg.momentum, "scale": 1.0}
-    attention = [p for n, p in hidden.items() if n.endswith("c_attn.weight")]
-    others = [p for n, p in hidden.items() if not n.endswith("c_attn.weight")]
-    parts = {"whole": 1, "three": 3, "heads": 3 * cfg.n_head}[X.get("split", "three")]
-    return muon.MuonAdamW(
-        [common | {"params": attention, "parts": parts}, common | {"params": others, "parts": 1}],
-        adamw,
-        torch.bfloat16 if not X.get("ns32") else torch.float32,
-    )
+    fused_qkv = {id(block.attn.c_attn.weight) for block in model.transformer.h}
+    common = {"weight_decay": cfg.weight_decay, "momentum": cfg.momentum}
+    muon_groups = [
+        {"params": [p for p in hidden if id(p) in fused_qkv], "parts": 3, **common},
+        {"params": [p for p in hidden if id(p) not in fused_qkv], "parts": 1, **common},
+    ]
+    precision = getattr(torch, machine.best_dtype(hidden[0].device))
+    return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
 # --- Distributed ----------------------------------------------------------------------------------
@@ -1166,7 +1152,7 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             limit, lr = guard.limit(), learning_rate(state.step + 1, cfg)
             bad = guard.is_bad(loss, norm, limit)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
+                group["lr"] = lr
             optimizer.found_inf = bad.float()
             optimizer.step()
             run.loss_scale.update(bad)

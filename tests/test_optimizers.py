@@ -101,11 +101,13 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
             y = muon.orthogonalized(x, dtype)
             assert y.shape == x.shape and y.dtype == dtype
             values = torch.linalg.svdvals(y.float())
-            assert 0.6 < values.min() and values.max() < 1.3, values
+            assert values.min() > 0.6 and values.max() < 1.3, values
         # the directions stay: what is changed is how far each is followed
         u, _, vh = torch.linalg.svd(x, full_matrices=False)
         assert ((u @ vh) * y.float()).sum((1, 2)).min() > 0.8 * min(shape[1:])
-    assert torch.equal(muon.orthogonalized(torch.zeros(1, 4, 4), torch.float32), torch.zeros(1, 4, 4))
+    assert torch.equal(
+        muon.orthogonalized(torch.zeros(1, 4, 4), torch.float32), torch.zeros(1, 4, 4)
+    )
 
 
 def test_the_arithmetic_is_that_of_torch_and_each_third_of_c_attn_is_a_matrix():
@@ -124,8 +126,10 @@ def test_the_arithmetic_is_that_of_torch_and_each_third_of_c_attn_is_a_matrix():
     for step in range(3):
         gradients(ours, step)
         for name, p in ours.transformer.h.named_parameters():
-            for x, grad in zip(third.get(name, ()), p.grad.chunk(len(third.get(name, ())) or 1)):
-                x.grad = grad.clone()
+            if p.dim() == 2:
+                pieces = p.grad.chunk(len(third[name]))
+                for x, grad in zip(third[name], pieces, strict=True):
+                    x.grad = grad.clone()
         optimizer.step()
         reference.step()
     for name, p in ours.transformer.h.named_parameters():
@@ -178,7 +182,13 @@ LENGTH = "--max_steps 20 --warmup_steps 3 --run_name a".split()
 
 @pytest.mark.parametrize(
     "optimizer, schedule",
-    [("muon", "cosine"), ("muon", "linear"), ("muon", "wsd"), ("adamw", "linear"), ("adamw", "wsd")],
+    [
+        ("muon", "cosine"),
+        ("muon", "linear"),
+        ("muon", "wsd"),
+        ("adamw", "linear"),
+        ("adamw", "wsd"),
+    ],
 )
 def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer, schedule):
     flags = [*QUIET, *LENGTH, "--optimizer", optimizer, "--schedule", schedule]
@@ -212,15 +222,13 @@ def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
     assert_same_training(ours, planned)
 
     long = checkpoint(tmp_path, 16, "long")
-    out, _ = run("--decay_from", long, "--resume", "auto", cwd=tmp_path, small=False)
+    run("--decay_from", long, "--resume", "auto", cwd=tmp_path, small=False)
     name = "long-step_00000016-decayed"
     assert_same_training(checkpoint(tmp_path, 20, name), planned)
     _, err = run("--decay_from", long, cwd=tmp_path, small=False, expect=2)
     assert f"{name}" in err and "already" in err
     run("--decay_from", stable, "--run_name", "week_1", cwd=tmp_path, small=False)
-    assert_same_training(
-        checkpoint(tmp_path, 10, "week_1"), checkpoint(tmp_path, 10, "short")
-    )
+    assert_same_training(checkpoint(tmp_path, 10, "week_1"), checkpoint(tmp_path, 10, "short"))
     _, err = run("--decay_from", planned, cwd=tmp_path, small=False, expect=2)
     assert "is a checkpoint of step 20; the run was stable from step 3 to 16" in err
 
