@@ -75,6 +75,30 @@ def optimizer(cfg) -> str:
     return f"Muon, momentum {cfg.momentum}, for the matrices of the blocks; for the rest {adamw}"
 
 
+def recipes(plans: dict) -> str:
+    """Plans side by side: {name: (config, hours)}, as a table."""
+    columns = {
+        name: [
+            {"adamw": "AdamW", "muon": "Muon"}[cfg.optimizer],
+            f"{cfg.schedule} to {cfg.min_lr:g}",
+            f"{cfg.max_lr:g}",
+            f"{cfg.max_steps:,}",
+            f"{cfg.max_steps * cfg.total_batch_size:,}",
+            f"{hours:,.1f}" if hours < 1000 else f"{hours / 24:,.0f} days",
+        ]
+        for name, (cfg, hours) in plans.items()
+    }
+    titles = ["optimizer", "schedule", "max_lr", "steps", "tokens", "hours"]
+    lines = [f"{'--recipe':>10}  " + "".join(f"{name:>18}" for name in columns)]
+    for i, title in enumerate(titles):
+        lines.append(f"{title:>10}  " + "".join(f"{column[i]:>18}" for column in columns.values()))
+    lines.append(
+        "hours at the speed of a few passes measured now, not compiled; that fast reaches the loss "
+        "of reference is a prediction (LAB_NOTES.md)"
+    )
+    return "\n".join(lines)
+
+
 def every_flag(cfg, given: dict) -> str:
     """The whole configuration, one flag a line, with those that the command line gave marked."""
     return "\n".join(

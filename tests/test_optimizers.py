@@ -1,5 +1,6 @@
 """Optimizers and schedules: the formulas, and that every pair of them resumes exactly."""
 
+import dataclasses
 import math
 
 import pytest
@@ -182,30 +183,31 @@ LENGTH = "--max_steps 20 --warmup_steps 3 --run_name a".split()
 
 @pytest.mark.parametrize(
     "optimizer, schedule",
-    [
-        ("muon", "cosine"),
-        ("muon", "linear"),
-        ("muon", "wsd"),
-        ("adamw", "linear"),
-        ("adamw", "wsd"),
-    ],
+    [("muon", "cosine"), ("muon", "linear"), ("adamw", "linear"), ("adamw", "wsd")],
 )
 def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer, schedule):
     flags = [*QUIET, *LENGTH, "--optimizer", optimizer, "--schedule", schedule]
-    run(*flags, "--checkpoint_freq", "7", "--keep_checkpoints", "9", cwd=tmp_path, data=data)
+    flags += ["--checkpoint_freq", "7", "--keep_checkpoints", "9"]
+    run(*flags, cwd=tmp_path, data=data)
     saved = torch.load(checkpoint(tmp_path, 20), weights_only=True)
     cfg = ti.Config(**saved["config"])
     assert cfg.min_lr == pytest.approx(1e-3 if schedule == "cosine" else 0)
-    rates = logged(tmp_path / "runs" / "a")["Learning_Rate/lr"]
-    assert [step for step, _ in rates] == list(range(1, 21))
-    for step, lr in rates:
-        assert lr == pytest.approx(ti.learning_rate(step, cfg), rel=1e-6)
+    assert_chart_is_the_formula(tmp_path / "runs" / "a", cfg)
+    gpt2 = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len).state_dict()
+    assert {k: v.shape for k, v in saved["model"].items()} == {k: v.shape for k, v in gpt2.items()}
 
     resume = ["--resume", str(checkpoint(tmp_path, 7)), "--run_name", "b", "--use_tensorboard"]
     run(*resume, cwd=tmp_path, small=False)
     assert_same_training(checkpoint(tmp_path, 20), checkpoint(tmp_path, 20, "b"))
     one, two = (logged(tmp_path / "runs" / name)["Loss/train"] for name in "ab")
     assert one[7:] == two
+
+
+def assert_chart_is_the_formula(folder, cfg):
+    rates = logged(folder)["Learning_Rate/lr"]
+    assert [step for step, _ in rates] == list(range(1, cfg.max_steps + 1))
+    for step, lr in rates:
+        assert lr == pytest.approx(ti.learning_rate(step, cfg), rel=1e-6)
 
 
 def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
@@ -215,22 +217,48 @@ def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
     run(*flags, "--max_steps", "20", "--run_name", "long", cwd=tmp_path, data=data)
     stable = checkpoint(tmp_path, 8, "short")
     assert stable.exists(), "the end of the stable part is kept"
+    planned = checkpoint(tmp_path, 20, "long")
+    cfg = ti.Config(**torch.load(planned, weights_only=True)["config"])
+    assert_chart_is_the_formula(tmp_path / "runs" / "long", cfg)
 
     resume = ["--resume", stable, "--max_steps", "20", "--run_name", "extended"]
     run(*resume, cwd=tmp_path, small=False)
-    ours, planned = (checkpoint(tmp_path, 20, name) for name in ("extended", "long"))
-    assert_same_training(ours, planned)
+    assert_same_training(checkpoint(tmp_path, 20, "extended"), planned)
 
-    long = checkpoint(tmp_path, 16, "long")
-    run("--decay_from", long, "--resume", "auto", cwd=tmp_path, small=False)
-    name = "long-step_00000016-decayed"
-    assert_same_training(checkpoint(tmp_path, 20, name), planned)
-    _, err = run("--decay_from", long, cwd=tmp_path, small=False, expect=2)
-    assert f"{name}" in err and "already" in err
-    run("--decay_from", stable, "--run_name", "week_1", cwd=tmp_path, small=False)
-    assert_same_training(checkpoint(tmp_path, 10, "week_1"), checkpoint(tmp_path, 10, "short"))
-    _, err = run("--decay_from", planned, cwd=tmp_path, small=False, expect=2)
-    assert "is a checkpoint of step 20; the run was stable from step 3 to 16" in err
+    branch = ["--decay_from", checkpoint(tmp_path, 16, "long")]
+    run(*branch, "--resume", "auto", cwd=tmp_path, small=False)
+    assert_same_training(checkpoint(tmp_path, 20, "long-step_00000016-decayed"), planned)
+    _, err = run(*branch, cwd=tmp_path, small=False, expect=2)
+    assert "long-step_00000016-decayed" in err and "already" in err
+
+
+def of_step(step, **values):
+    cfg = ti.Config(schedule="wsd", warmup_steps=3, max_steps=100, optimizer="muon")
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 32}
+    made_on = {"device_type": "cpu", "world_size": 1}
+    values = dataclasses.asdict(cfg) | shape | values
+    return {"step": step, "config": values, "asked": [], "machine": made_on}
+
+
+def test_what_can_be_branched_off():
+    given = {"decay_from": "x.pt"}
+    assert ti.plan_decay(given, of_step(40)) == {"max_steps": 50, "decay_share": 0.2}
+    assert ti.plan_decay(given | {"decay_share": 0.5}, of_step(40))["max_steps"] == 80
+    plan = ti.plan_decay(given | {"max_steps": 60}, of_step(45))
+    cfg = config(schedule="wsd", warmup_steps=3, **plan)
+    assert ti.learning_rate(45, cfg) == 1.0 and ti.learning_rate(46, cfg) < 1.0
+    for step in (2, 81, 100):
+        with pytest.raises(ValueError, match=rf"x.pt: .* step {step}; .* from step 3 to 80"):
+            ti.plan_decay(given, of_step(step))
+    with pytest.raises(ValueError, match=r"x.pt: .* of --schedule cosine"):
+        ti.plan_decay(given, of_step(40, schedule="cosine"))
+
+
+def test_another_optimizer_on_resume_is_refused():
+    with pytest.raises(ValueError, match=r"--optimizer adamw does not fit .* muon"):
+        ti.merge_config({"optimizer": "adamw"}, of_step(4), "cpu", 1)
+    cfg, _ = ti.merge_config({}, of_step(4), "cpu", 1)
+    assert cfg.optimizer == "muon"
 
 
 def test_muon_is_the_same_with_1_2_and_4_processes(tmp_path, data):
@@ -243,18 +271,3 @@ def test_muon_is_the_same_with_1_2_and_4_processes(tmp_path, data):
         losses[nproc] = [v for _, v in logged(cwd / "runs" / "a")["Loss/train"]]
     assert losses[2] == pytest.approx(losses[None], rel=2e-4)
     assert losses[4] == pytest.approx(losses[None], rel=2e-4)
-
-
-def test_muon_leaves_the_model_gpt2(tmp_path, data):
-    shapes = {}
-    for optimizer in ("adamw", "muon"):
-        flags = ["--max_steps", "1", "--optimizer", optimizer, "--run_name", optimizer, *QUIET]
-        run(*flags, cwd=tmp_path, data=data)
-        saved = torch.load(checkpoint(tmp_path, 1, optimizer), weights_only=True)
-        shapes[optimizer] = {k: (v.shape, v.dtype) for k, v in saved["model"].items()}
-    assert shapes["adamw"] == shapes["muon"]
-    _, err = run(
-        "--resume", checkpoint(tmp_path, 1, "adamw"), "--optimizer", "muon", "--max_steps", "2",
-        cwd=tmp_path, small=False, expect=2,
-    )  # fmt: skip
-    assert "--optimizer muon does not fit the checkpoint" in err
