@@ -502,12 +502,15 @@ def sweep(folder) -> list[Path]:
     return removed
 
 
-def retain(folder, keep_last: int, keep_every: int = 0) -> list[str]:
+def retain(
+    folder, keep_last: int, keep_every: int = 0, stable_step: int | None = None
+) -> list[str]:
     """Delete old checkpoints in `folder`; returns a warning for each that could not be deleted.
 
     Kept are the `keep_last` highest steps (0: all), multiples of `keep_every` (0: none for that
-    reason), the one with the lowest `val_loss` in its info, the file written last (after a
-    roll-back it is not the highest step), and at least one that verifies. Only regular files with
+    reason), the one with the lowest `val_loss` in its info, `stable_step` (where a run can be
+    extended), the file written last (after a roll-back it is not the highest step), and at least
+    one that verifies. Only regular files with
     our name and our comment are ever deleted, and only those count. What this process wrote or
     verified is not hashed again.
     """
@@ -523,7 +526,7 @@ def retain(folder, keep_last: int, keep_every: int = 0) -> list[str]:
         return []
     keep = {c.step for c in ours[-keep_last:]}
     keep |= {c.step for c in ours if keep_every > 0 and c.step % keep_every == 0}
-    keep |= {max(ours, key=lambda c: c.mtime).step}
+    keep |= {stable_step, max(ours, key=lambda c: c.mtime).step}
     keep |= {min(losses, key=losses.get)} if losses else set()
     if not any(_is_known_good(c.path) for c in ours if c.step in keep):
         whole, _ = _first_whole(ours[::-1])
@@ -542,11 +545,13 @@ def retain(folder, keep_last: int, keep_every: int = 0) -> list[str]:
     return warnings
 
 
-def make_room(folder, keep_last: int, keep_every: int = 0) -> list[str]:
+def make_room(
+    folder, keep_last: int, keep_every: int = 0, stable_step: int | None = None
+) -> list[str]:
     """Delete what `retain` would delete if one more checkpoint were there already, never the last
     one; returns the names of the deleted files."""
     before = list_checkpoints(folder)
-    retain(folder, keep_last - 1, keep_every)
+    retain(folder, keep_last - 1, keep_every, stable_step)
     left = {c.step for c in list_checkpoints(folder)}
     return [c.path.name for c in before if c.step not in left]
 

@@ -46,10 +46,10 @@ def plan(run) -> str:
         f"{accumulation} micro-batch(es) x {cfg.micro_batch_size} sequences x {cfg.seq_len} tokens",
         "length": f"{cfg.max_steps:,} steps = {total_tokens:,} tokens = "
         f"{total_tokens / data.num_tokens:.2f} epochs ({epoch_steps:,} steps each)",
-        "schedule": f"warm-up {cfg.warmup_steps:,} steps to {cfg.max_lr:g}, then cosine to "
-        f"{cfg.min_lr:g}",
-        "optimizer": f"AdamW, betas {cfg.beta1} and {cfg.beta2}, weight decay {cfg.weight_decay} "
-        f"on matrices, gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
+        "schedule": f"warm-up {cfg.warmup_steps:,} steps to {cfg.max_lr:g}, then "
+        f"{decay(cfg)} to {cfg.min_lr:g}",
+        "optimizer": f"{optimizer(cfg)}, weight decay {cfg.weight_decay} on matrices, "
+        f"gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
         "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}; "
         f"about {memory / 1e9:.1f} GB of memory per process",
         "every": f"evaluation {cfg.eval_freq}, HellaSwag "
@@ -62,6 +62,43 @@ def plan(run) -> str:
         + (f" (about {log_bytes(run) / 1e6:,.1f} MB)" if cfg.use_tensorboard else ""),
     }
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def decay(cfg) -> str:
+    if cfg.schedule == "wsd":
+        return f"stable, in the last {cfg.decay_share * cfg.max_steps:,.0f} steps a straight line"
+    return {"cosine": "cosine", "linear": "a straight line"}[cfg.schedule]
+
+
+def optimizer(cfg) -> str:
+    adamw = f"AdamW, betas {cfg.beta1} and {cfg.beta2}"
+    if cfg.optimizer == "adamw":
+        return adamw
+    return f"Muon, momentum {cfg.momentum}, for the matrices of the blocks; for the rest {adamw}"
+
+
+def recipes(plans: dict) -> str:
+    """Plans side by side: {name: (config, hours)}, as a table."""
+    columns = {
+        name: [
+            {"adamw": "AdamW", "muon": "Muon"}[cfg.optimizer],
+            f"{cfg.schedule} to {cfg.min_lr:g}",
+            f"{cfg.max_lr:g}",
+            f"{cfg.max_steps:,}",
+            f"{cfg.max_steps * cfg.total_batch_size:,}",
+            f"{hours:,.1f}" if hours < 1000 else f"{hours / 24:,.0f} days",
+        ]
+        for name, (cfg, hours) in plans.items()
+    }
+    titles = ["optimizer", "schedule", "max_lr", "steps", "tokens", "hours"]
+    lines = [f"{'--recipe':>10}  " + "".join(f"{name:>18}" for name in columns)]
+    for i, title in enumerate(titles):
+        lines.append(f"{title:>10}  " + "".join(f"{column[i]:>18}" for column in columns.values()))
+    lines.append(
+        "hours at the speed of a few passes measured now, not compiled; that fast reaches the loss "
+        "of reference is a prediction (LAB_NOTES.md)"
+    )
+    return "\n".join(lines)
 
 
 def every_flag(cfg, given: dict) -> str:

@@ -47,6 +47,7 @@ import hellaswag
 import jsonl_log
 import launch
 import machine
+import muon
 import pretrained
 import run_summary
 import tokenizer
@@ -79,18 +80,31 @@ TRAINING = {
 }
 # The sample corpus is a first look: enough steps of the larger models to see the loss fall.
 SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "val_tokens": 65_536}
+# Complete recipes: flags, the peak learning rate relative to the one above, and the share of the
+# length above. `fast` is the best found for the same final loss (LAB_NOTES.md); that 0.4 of the
+# tokens suffice for 124M on FineWeb-Edu is a prediction until someone has run it.
+RECIPES = {
+    "reference": {"flags": {}, "max_lr": 1.0, "length": 1.0},
+    "fast": {"flags": {"optimizer": "muon", "schedule": "linear"}, "max_lr": 1.0, "length": 0.4},
+}
 FINEWEB_DIR, SAMPLE_DIR = "data/fineweb_edu_10B", "data/sample"
 WARMUP_TOKENS = 375e6  # 715 steps of the reference run
+WSD_WARMUP = 100  # steps at most: where a run can be extended its length must not matter
 
 
 @dataclass
 class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
 
+    recipe: str = flag(
+        "reference",
+        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
+        group="model",
+        choices=tuple(RECIPES),
+    )
     model: str | None = flag(
         None,
         "size [gpt2 on a GPU, else tiny]",
-        group="model",
         choices=tuple(PRESETS),
         overrides=("n_layer", "n_head", "n_embd", "seq_len"),
     )
@@ -139,17 +153,29 @@ class Config:
     )
     seed: int = flag(1337, "of initial weights, data order and samples")
 
-    max_lr: float | None = flag(
-        None,
-        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+    optimizer: str = flag(
+        "adamw",
+        "adamw, or muon on the matrices inside the blocks and adamw on the rest",
         group="optimizer",
-        above=0,
+        choices=("adamw", "muon"),
     )
-    min_lr: float | None = flag(None, "learning rate of the last step [a tenth of max_lr]")
+    max_lr: float | None = flag(
+        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]", above=0
+    )
+    min_lr: float | None = flag(
+        None, "learning rate of the last step [cosine a tenth of max_lr, else 0]"
+    )
+    schedule: str = flag(
+        "cosine",
+        "after the warm-up: cosine to min_lr, linear to it, or wsd: stable, then linear to it",
+        choices=("cosine", "linear", "wsd"),
+    )
+    decay_share: float = flag(0.2, "share of the run in which wsd decays", above=0)
     warmup_steps: int | None = flag(
-        None, "steps of linear warm-up [375M tokens, at most a tenth of the run]"
+        None, "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]"
     )
-    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    weight_decay: float = flag(0.1, "share of the matrices taken away at learning rate 1")
+    momentum: float = flag(0.95, "decay of Muon's momentum")
     beta1: float = flag(0.9, "decay of AdamW's first moment")
     beta2: float = flag(0.95, "decay of AdamW's second moment")
     grad_clip: float = flag(1.0, "largest gradient norm applied; 0 = no clipping")
@@ -197,6 +223,11 @@ class Config:
         "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
         resume="machine",
     )
+    decay_from: str | None = flag(
+        None,
+        "branch off a wsd run: from this checkpoint of its stable part decay at once, as a new run",
+        resume="machine",
+    )
 
     device: str | None = flag(
         None, "cuda, cpu or mps [the best there is]", group="machine", resume="machine"
@@ -242,6 +273,12 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
     if checkpoint is None:
         return merge(Config, given, None, False, set())
     saved, made_on = checkpoint["config"], checkpoint["machine"]
+    saved = {"optimizer": "adamw"} | saved
+    if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
+        raise ValueError(
+            f"--optimizer {given['optimizer']} does not fit the checkpoint, which holds the state "
+            f"of {saved['optimizer']}: leave --optimizer out, or start anew"
+        )
     preset = PRESETS.get(given.get("model"), saved)
     for name in ("n_layer", "n_head", "n_embd", "seq_len"):
         if given.get(name, preset[name]) != saved[name]:
@@ -258,7 +295,7 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
     # A value that was derived is derived again when what it came from is given anew.
     derived_from = {
         "max_steps": {"epochs", "total_batch_size", "data_dir"},
-        "min_lr": {"max_lr"},
+        "min_lr": {"max_lr", "schedule"},
     }
     asked = set(checkpoint["asked"])
     stale = {n for n, sources in derived_from.items() if n not in asked and sources & set(given)}
@@ -274,14 +311,20 @@ def resolve_model(cfg: Config, device: str) -> None:
     defaults = PRESETS[cfg.model] | TRAINING[cfg.model]
     if cfg.data_dir == SAMPLE_DIR and cfg.model != "tiny":
         defaults |= SAMPLE_RUN
-    if cfg.init_from:  # what is learned already is easily lost
-        defaults["max_lr"] /= 10
+    recipe = RECIPES[cfg.recipe]
+    # --init_from: what is learned already is easily lost
+    defaults["max_lr"] *= recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)
+    if "max_steps" in defaults:
+        defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
+    if "epochs" in defaults:
+        defaults["epochs"] *= recipe["length"]
     for name, value in defaults.items():
         if getattr(cfg, name) is None and not (name == "max_steps" and cfg.epochs is not None):
             setattr(cfg, name, value)
     cfg.hellaswag_freq = cfg.eval_freq if cfg.hellaswag_freq is None else cfg.hellaswag_freq
     cfg.sample_freq = cfg.eval_freq if cfg.sample_freq is None else cfg.sample_freq
-    cfg.min_lr = 0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr
+    if cfg.min_lr is None:
+        cfg.min_lr = 0.1 * cfg.max_lr if cfg.schedule == "cosine" else 0.0
     if cfg.sample_tokens is None:
         prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
@@ -319,7 +362,8 @@ def resolve_length(cfg: Config, train_tokens: int) -> None:
                 f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
             )
     if cfg.warmup_steps is None:
-        cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), cfg.max_steps // 10)
+        longest = WSD_WARMUP if cfg.schedule == "wsd" else cfg.max_steps // 10
+        cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), longest)
 
 
 def validate(cfg: Config, world_size: int) -> None:
@@ -330,6 +374,8 @@ def validate(cfg: Config, world_size: int) -> None:
         if not ok:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {what}")
 
+    need(cfg.decay_share < 1, "decay_share", "must be below 1")
+    need(cfg.momentum < 1, "momentum", "must be below 1")
     need(cfg.beta1 < 1, "beta1", "must be below 1")
     need(cfg.beta2 < 1, "beta2", "must be below 1")
     need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
@@ -471,25 +517,78 @@ class GPT(nn.Module):
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then a cosine to min_lr at max_steps."""
+    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
+
+    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
+    the last --decay_share of the run.
+    """
+    if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
+        rise = min(1.0, step / max(1, cfg.warmup_steps))
+        fall = min(1.0, (cfg.max_steps - step) / (cfg.decay_share * cfg.max_steps))
+        return min(rise * cfg.max_lr, cfg.min_lr + fall * (cfg.max_lr - cfg.min_lr))
     if step <= cfg.warmup_steps:
         return cfg.max_lr * step / cfg.warmup_steps
-    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (
-        cfg.max_lr - cfg.min_lr
-    )
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    if cfg.schedule == "linear":
+        share = 1 - progress
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
 
 
-def make_optimizer(model: GPT, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+def last_stable_step(cfg: Config) -> int | None:
+    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
+    if cfg.schedule != "wsd":
+        return None
+    return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
+
+
+def plan_decay(given: dict, checkpoint: dict) -> dict:
+    """Flags that let a stable wsd run decay from this checkpoint on, in the same share of the run.
+
+    ValueError where the checkpoint is not from such a run's stable part.
+    """
+    saved, step = Config(**checkpoint["config"]), checkpoint["step"]
+    if saved.schedule != "wsd":
+        what = f"of --schedule {saved.schedule}, and only wsd has a stable part to decay from"
+    elif not saved.warmup_steps <= step <= last_stable_step(saved):
+        what = (
+            f"of step {step}; the run was stable from step {saved.warmup_steps} to "
+            f"{last_stable_step(saved)}"
+        )
+    else:
+        share = given.get("decay_share", saved.decay_share)
+        max_steps = given.get("max_steps", round(step / (1 - share)))
+        if max_steps <= step:
+            raise ValueError(f"--max_steps {max_steps}: the decay begins at step {step}, give more")
+        return {"max_steps": max_steps, "decay_share": (max_steps - step) / max_steps}
+    raise ValueError(f"--decay_from {given['decay_from']}: is a checkpoint {what}")
+
+
+def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
+    """Weight decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
+    hidden = []  # the matrices inside the blocks
+    if cfg.optimizer == "muon":
+        hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
+    taken = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in taken]
     groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    betas = (cfg.beta1, cfg.beta2)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    if cfg.optimizer == "adamw":
+        return adamw
+    fused_qkv = {id(block.attn.c_attn.weight) for block in model.transformer.h}
+    common = {"weight_decay": cfg.weight_decay, "momentum": cfg.momentum}
+    muon_groups = [
+        {"params": [p for p in hidden if id(p) in fused_qkv], "parts": 3, **common},
+        {"params": [p for p in hidden if id(p) not in fused_qkv], "parts": 1, **common},
+    ]
+    precision = getattr(torch, machine.best_dtype(hidden[0].device))
+    return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
 # --- Distributed ----------------------------------------------------------------------------------
@@ -636,9 +735,10 @@ def checkpoint_of(run: "Run") -> dict:
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
     run.model.load_state_dict(checkpoint["model"])
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, decay in zip(run.optimizer.param_groups, (run.cfg.weight_decay, 0.0), strict=True):
-        group |= {"weight_decay": decay, "betas": (run.cfg.beta1, run.cfg.beta2)}
+    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
+        group |= ours  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
         t.to(device) for t in checkpoint["loss_scale"]
@@ -1104,7 +1204,7 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             Path(cfg.tensorboard_dir, cfg.run_name), monitor.say
         ).__enter__()
     compilations = None  # until the first step is done
-    kept = (cfg.keep_checkpoints, cfg.keep_every)
+    kept = (cfg.keep_checkpoints, cfg.keep_every, last_stable_step(cfg))
     updating = False  # weights and moments may not belong together
     mark = time.monotonic()
 
@@ -1176,7 +1276,9 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
                 pause()
                 evaluate(run, monitor)
                 pause()
-            if state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg):
+            if state.step == last_stable_step(cfg) or (
+                state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg)
+            ):
                 save()
             if state.step >= cfg.max_steps:
                 settle()
@@ -1291,6 +1393,7 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
 
     ValueError for whatever the user has to change.
     """
+    given = RECIPES[given.get("recipe", "reference")]["flags"] | given
     options = Config(**given)  # for the flags that must be known before the checkpoint is
     checkpoint_dir = Path(options.checkpoint_dir)
     if options.run_name is not None:
@@ -1299,10 +1402,22 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         begun = dist.on_main(lambda: checkpoint_files.run_of_launcher(checkpoint_dir))
     name = begun or options.run_name
+    if options.decay_from:
+        if options.resume not in (None, "auto"):
+            raise ValueError(
+                f"--resume {options.resume}: --decay_from says where to begin, give only that"
+            )
+        branched = Path(options.decay_from)
+        name = name or f"{branched.resolve().parent.name}-{branched.stem}-decayed"
     path = dist.on_main(
         lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
     )
+    branches_off = path is None and options.decay_from is not None
+    if branches_off:
+        path = Path(options.decay_from)
     checkpoint = load_checkpoint(path) if path is not None else None
+    if branches_off:
+        given = given | plan_decay(given, checkpoint)
 
     cfg, changes = merge_config(given, checkpoint, dist.device.type, dist.world_size)
     weights = {}
@@ -1378,13 +1493,26 @@ def print_config(given: dict, dist: Distributed) -> int:
     return 0
 
 
+def compare_recipes(run: Run, given: dict) -> dict[str, tuple[Config, float]]:
+    """This command's plan under each recipe, and its hours at a speed that is measured now."""
+    speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
+    plans = {}
+    for name, recipe in RECIPES.items():
+        cfg = Config(**(recipe["flags"] | given | {"recipe": name}))
+        resolve_model(cfg, run.dist.device.type)
+        resolve_length(cfg, run.train_data.num_tokens)
+        tokens = cfg.max_steps * cfg.total_batch_size
+        plans[name] = cfg, tokens / (speed * run.dist.world_size) / 3600
+    return plans
+
+
 def preflight(run: Run, checkpoint: dict | None) -> None:
     """Rank 0: claim the output folders and try them, before anything expensive."""
     cfg = run.cfg
     folder = run.checkpoint_folder
     log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     existing = checkpoint_files.list_checkpoints(folder)
-    if existing and checkpoint is None:
+    if existing and (checkpoint is None or (cfg.decay_from and not run.resumes_own_name)):
         raise ValueError(
             f"--run_name {cfg.run_name}: {folder} holds checkpoints up to step {existing[-1].step} "
             "already; go on with --resume latest (if they are whole), or choose another name"
@@ -1465,6 +1593,8 @@ def main() -> int:
         if dist.is_main:
             print(run_summary.plan(run), flush=True)
         if run.cfg.dry_run:
+            if dist.is_main and checkpoint is None:
+                print(f"\n{run_summary.recipes(compare_recipes(run, given))}", flush=True)
             if dist.is_main:
                 print(f"\nevery flag as decided:\n{run_summary.every_flag(run.cfg, given)}")
             dist.leave()
