@@ -5,21 +5,19 @@ their softmax is needed to go back, so each chunk's gradient is taken while its 
 N tokens, C channels, V = 50,257 classes.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from tokenizer import VOCAB_SIZE
 
 PADDED_VOCAB = 50_304  # the next multiple of 64: matrix units want aligned shapes
+CPU_ROWS = 1024  # of logits that exist at a time on a CPU; a GPU takes more, to be busy
+CACHE_ROWS = 32  # rows of float32 logits, 6 MB, that a CPU turns into gradients inside its caches
 
 
-def chunk_rows(w_VC) -> int:
-    """Rows of logits that exist at a time. A CPU is fastest while they stay in its cache, but each
-    chunk also adds to all of the (V, C) gradient: as many rows as channels balances the two. A GPU
-    needs large products to be busy."""
-    return 4096 if w_VC.is_cuda else max(64, w_VC.shape[1])
+def chunk_rows(device: torch.device) -> int:
+    """Rows of logits that exist at a time."""
+    return 4096 if device.type == "cuda" else CPU_ROWS
 
 
 def chunked_cross_entropy(x_NC, w_VC, y_N) -> torch.Tensor:
@@ -34,13 +32,18 @@ def chunked_cross_entropy(x_NC, w_VC, y_N) -> torch.Tensor:
 
 
 def next_token_losses(x_NC, w_VC, y_N) -> torch.Tensor:
-    """Cross-entropy of each token, (N,) float32; for evaluation, without gradients."""
+    """Cross-entropy of each token, (N,) float32; for evaluation, without gradients. Who calls it
+    often passes `padded(w)`."""
     x_NC = _in_product_dtype(x_NC)
-    w, rows = _padded(w_VC, x_NC.dtype), chunk_rows(w_VC)
-    losses = [
-        F.cross_entropy((x @ w.T)[:, :VOCAB_SIZE].float(), y, reduction="none")
-        for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True)
-    ]
+    w, rows = padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
+    losses = []
+    for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
+        logits = x @ w.T
+        step = _rows_at_a_time(logits)
+        losses += [
+            F.cross_entropy(some[:, :VOCAB_SIZE].float(), targets, reduction="none")
+            for some, targets in zip(logits.split(step), y.split(step), strict=True)
+        ]
     return torch.cat(losses)
 
 
@@ -50,23 +53,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NC, w_VC, y_N):
-        w, rows = _padded(w_VC, x_NC.dtype), chunk_rows(w_VC)
-        grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-        grad_x = []
+        w, rows = padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
+        grad_w, grad_x = None, []
         loss = torch.zeros((), dtype=torch.float32, device=w.device)
         for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
-            logits = (x @ w.T).float()
-            logits[:, VOCAB_SIZE:] = -math.inf  # padding is no class: probability and gradient 0
-            probs = logits.softmax(1)
-            # The logarithm of the sum of exp(logits), from what softmax left: no second exp pass,
-            # and never the logarithm of 0, since the largest probability is at least 1 / V.
-            logsumexp = logits.amax(1) - probs.amax(1).log()
-            loss += (logsumexp - logits.gather(1, y[:, None])[:, 0]).sum()
-            probs.scatter_add_(1, y[:, None], probs.new_full((len(y), 1), -1.0))
-            grad_logits = probs.to(x.dtype)
-            grad_x.append(grad_logits @ w)
-            grad_w += grad_logits.T @ x
-        ctx.save_for_backward(torch.cat(grad_x), grad_w[:VOCAB_SIZE])
+            logits = x @ w.T
+            step = _rows_at_a_time(logits)
+            for some, targets in zip(logits.split(step), y.split(step), strict=True):
+                # Padding is no class: its logits stay 0 and meet rows of zeros in the next product.
+                loss += _gradient_in_place(some[:, :VOCAB_SIZE], targets)
+            grad_x.append(logits @ w)
+            product = logits.T @ x
+            grad_w = product.float() if grad_w is None else grad_w.add_(product)
+        ctx.save_for_backward(torch.cat(grad_x), grad_w)
         ctx.num_tokens = len(y_N)
         return loss / ctx.num_tokens
 
@@ -74,7 +73,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
         scale = grad_loss / ctx.num_tokens
-        return (grad_x * scale).to(grad_x.dtype), grad_w * scale, None
+        return (grad_x * scale).to(grad_x.dtype), grad_w[:VOCAB_SIZE] * scale, None
+
+
+def _gradient_in_place(logits, y) -> torch.Tensor:
+    """Replace logits by the gradient of their summed cross-entropy, softmax - onehot; the sum."""
+    scores = logits.float()
+    largest, target = scores.amax(1), scores.gather(1, y[:, None])[:, 0]
+    probs = scores.softmax(1)
+    # The logarithm of the sum of exp(logits), from what softmax left: no second exp pass, and
+    # never the logarithm of 0, since the largest probability is at least 1 / V.
+    logsumexp = largest - probs.amax(1).log()
+    probs.scatter_add_(1, y[:, None], probs.new_full((len(y), 1), -1.0))
+    logits.copy_(probs)
+    return (logsumexp - target).sum()
+
+
+def _rows_at_a_time(logits) -> int:
+    """In eager mode a CPU works inside its caches; a GPU, and a compiler, take the whole chunk."""
+    in_cache = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    return CACHE_ROWS if in_cache else len(logits)
 
 
 def _in_product_dtype(x):
@@ -82,10 +100,11 @@ def _in_product_dtype(x):
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def _padded(w_VC, dtype):
-    """The output matrix in the product's precision; on GPUs with rows of zeros up to PADDED_VOCAB.
+def padded(w_VC, dtype):
+    """The output matrix in the product's precision, with rows of zeros up to PADDED_VOCAB.
 
-    Padding lives here alone: the model and its checkpoints have exactly GPT-2's rows.
+    Padding lives here alone: the model and its checkpoints have exactly GPT-2's rows. A matrix that
+    is padded already comes back as it is.
     """
-    w = w_VC.to(dtype)
-    return F.pad(w, (0, 0, 0, PADDED_VOCAB - VOCAB_SIZE)) if w.is_cuda else w
+    missing = PADDED_VOCAB - len(w_VC)
+    return F.pad(w_VC.to(dtype), (0, 0, 0, missing)) if missing else w_VC.to(dtype)

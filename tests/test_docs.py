@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md")
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("src/train_improved", "src/prepare_data", "src/hellaswag", "src/data_shards")
-COMMANDS += ("src/checkpoint_files",)
+COMMANDS += ("src/checkpoint_files", "src/report", "src/sample", "src/export")
 
 # Flags of other programs that the documents use: a new one is looked up first, then added here.
 FOREIGN = {
@@ -46,6 +46,7 @@ FOREIGN = {
     "nvidia-smi": set(),
     "top": set(),
     ".": set(),
+    "echo": set(),
     "for": set(),
 }
 SBATCH = {"--job-name", "--gres", "--cpus-per-task", "--time", "--dependency", "--signal"}

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import data_shards
+import energy
 import health
-import machine
 import run_summary
 import tensorboard_log
 import train_improved as ti
@@ -446,7 +446,7 @@ def test_energy_of_cpu_packages(tmp_path):
     zone(tmp_path / "intel-rapl:1", "package-1", 999_000_000)
     zone(tmp_path / "intel-rapl:0:0", "core", 7)
     zone(tmp_path / "intel-rapl:2", "psys", 7)
-    meter = machine.EnergyMeter(torch.device("cpu"), every=0.01, powercap=tmp_path)
+    meter = energy.EnergyMeter(torch.device("cpu"), every=0.01, powercap=tmp_path)
     try:
         wait_until(lambda: meter.works)
         assert meter.take() == 0, "counters run since the machine was started"
@@ -472,11 +472,11 @@ def test_no_energy_where_nobody_reports_it(tmp_path, monkeypatch):
     (tmp_path / "intel-rapl:0").mkdir()
     zone(tmp_path / "intel-rapl:0", "package-0", 1)
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()  # as for a user who is not root
-    meter = machine.EnergyMeter(torch.device("cpu"), every=0.01, powercap=tmp_path)
+    meter = energy.EnergyMeter(torch.device("cpu"), every=0.01, powercap=tmp_path)
     wait_until(energy_thread_ended)
     assert not meter.works and meter.take() == 0
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
-    assert machine._gpu_joules({"a1"})(1.0) is None
+    assert energy._gpu_joules({"a1"})(1.0) is None
 
 
 def test_energy_of_gpus_from_what_nvidia_smi_prints(tmp_path, monkeypatch):
@@ -489,17 +489,17 @@ def test_energy_of_gpus_from_what_nvidia_smi_prints(tmp_path, monkeypatch):
         program.chmod(0o755)
 
     prints("GPU-aa-11, 250.50\nGPU-bb-22, 100.00\nGPU-cc-33, 70.00")
-    assert machine._gpu_joules({"aa-11", "bb-22"})(10.0) == pytest.approx(3505)
+    assert energy._gpu_joules({"aa-11", "bb-22"})(10.0) == pytest.approx(3505)
     assert "--query-gpu=uuid,power.draw" in (tmp_path / "asked").read_text()
     prints("GPU-aa-11, [N/A]")
-    assert machine._gpu_joules({"aa-11"})(10.0) is None
+    assert energy._gpu_joules({"aa-11"})(10.0) is None
     prints("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.")
-    assert machine._gpu_joules({"aa-11"})(10.0) is None
+    assert energy._gpu_joules({"aa-11"})(10.0) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_energy_of_this_gpu():
-    meter = machine.EnergyMeter(torch.device("cuda", 0), every=0.2)
+    meter = energy.EnergyMeter(torch.device("cuda", 0), every=0.2)
     wait_until(lambda: meter.works)
     wait_until(lambda: meter._used > 0)
     meter.close()
@@ -509,7 +509,7 @@ def test_energy_of_this_gpu():
 def test_energy_is_in_the_last_words_and_in_the_charts_only_if_there_is_any(tmp_path, data):
     run(*QUICK, "--max_steps", "2", "--warmup_steps", "1", cwd=tmp_path, data=data)
     tags = tensorboard_log.read_scalars(tmp_path / "runs" / "a").keys()
-    readable = machine._package_joules("/sys/class/powercap")(0.0) is not None
+    readable = energy._package_joules("/sys/class/powercap")(0.0) is not None
     assert ("Performance/kwh" in tags) == readable
     state = SimpleNamespace(
         step=5, train_seconds=60.0, evaluated_step=-1, watt_seconds=7.2e6, validation_loss=0.0
