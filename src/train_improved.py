@@ -882,6 +882,7 @@ class Monitor:
         "Training": {
             "Loss": ["Loss/train", "Loss/validation"],
             "Learning rate": ["Learning_Rate/lr"],
+            "Tokens seen": ["Training/tokens"],
         },
         "Stability": {
             "Gradient norm": ["Gradient/norm", "Gradient/norm_unclipped"],
