@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md")
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("src/train_improved", "src/prepare_data", "src/hellaswag", "src/data_shards")
-COMMANDS += ("src/checkpoint_files",)
+COMMANDS += ("src/checkpoint_files", "src/export")
 
 # Flags of other programs that the documents use: a new one is looked up first, then added here.
 FOREIGN = {
@@ -43,6 +43,7 @@ FOREIGN = {
     "journalctl": {"-u", "-f"},
     "sbatch": set(),
     "zcat": set(),
+    "lm_eval": {"--model", "--model_args", "--tasks"},
     "nvidia-smi": set(),
     "top": set(),
     ".": set(),
