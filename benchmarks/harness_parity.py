@@ -5,7 +5,7 @@
     python benchmarks/harness_parity.py exported/tiny
     python benchmarks/harness_parity.py exported/tiny --file ITEMS.jsonl --limit 200 --device cuda
 
-The harness runs offline: its own task `hellaswag`, with only the data set replaced by a local file.
+The harness runs offline: its own task hellaswag, included by one that reads a local file instead.
 Where the items lack ctx_a and ctx_b (halves of ctx, of which the harness capitalises the second),
 ctx is cut before its last sentence if that begins in lower case, as it does in the original. Both
 then read the same file. Last printed line: how far apart they are. Exit code 1 if an accuracy
@@ -41,20 +41,20 @@ def with_halves(line: str) -> str:
 
 def by_harness(folder: str, items: Path, device: str, batch_size: int) -> tuple[dict, list]:
     """Its results, and the four summed log-likelihoods of each item in the file's order."""
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    task = items.with_name("hellaswag_local.yaml")
+    original = Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
+    task.write_text(
+        f"include: {original}\ntask: hellaswag_local\ndataset_path: json\ntraining_split: null\n"
+        f"dataset_kwargs:\n  data_files:\n    validation: {items}\n"
+    )
     model = HFLM(pretrained=folder, device=device, dtype="float32", batch_size=batch_size)
-    task = {
-        "task": "hellaswag",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": str(items)}},
-        "training_split": None,
-    }
-    found = simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)
-    (name,) = found["results"]
-    samples = sorted(found["samples"][name], key=lambda s: s["doc_id"])
-    return found["results"][name], [[r[0] for r in s["filtered_resps"]] for s in samples]
+    found = lm_eval.simple_evaluate(model=model, tasks=[str(task)], bootstrap_iters=0)
+    samples = sorted(found["samples"]["hellaswag_local"], key=lambda s: s["doc_id"])
+    sums = [[log_likelihood for log_likelihood, _ in s["filtered_resps"]] for s in samples]
+    return found["results"]["hellaswag_local"], sums
 
 
 def main() -> int:

@@ -355,23 +355,26 @@ def _unused(names: list[str]) -> list[str]:
 # --- For training ---------------------------------------------------------------------------------
 
 
-def for_training(source: str, wanted: dict, checkpoint_dir) -> tuple[dict, dict, list[str]]:
-    """As `read_pretrained`, for a run whose flags demand the values in `wanted`.
+def for_training(source: str, given: dict, preset: dict, checkpoint_dir) -> tuple[dict, dict]:
+    """(shape, weights) for a run with the flags in `given`; prints what `read_pretrained` notes.
 
-    A shorter seq_len crops the positions; any other difference is a ValueError naming both values.
-    wanted: {name of SHAPE: (value, the flag it is from)}.
+    preset: the shape that --model stands for, {} if it was not given. A shorter seq_len crops the
+    positions; what else differs from the source is a ValueError that names both values.
     """
     shape, weights, notes = read_pretrained(source, checkpoint_dir)
-    for name, (value, flag) in wanted.items():
-        if value != shape[name] and not (name == "seq_len" and value < shape[name]):
-            what = flag if flag == f"--{name} {value}" else f"{flag}, with {name} {value},"
+    for name, value in (preset | {n: given[n] for n in SHAPE if n in given}).items():
+        if name == "seq_len" and value < shape[name]:
+            positions = weights["transformer.wpe.weight"]
+            weights["transformer.wpe.weight"] = positions[:value].clone()
+            notes.append(f"{shape[name] - value} of {shape[name]} positions: left out")
+            shape = shape | {name: value}
+        elif value != shape[name]:
+            flag = f"--{name} {value}"
+            if name not in given:
+                flag = f"--model {given['model']}, with {name} {value},"
             raise ValueError(
-                f"{what} does not fit --init_from {source}, whose model has {name} {shape[name]}: "
+                f"{flag} does not fit --init_from {source}, whose model has {name} {shape[name]}: "
                 "leave the flag out" + " or lower it" * (name == "seq_len")
             )
-    seq_len = wanted.get("seq_len", (shape["seq_len"],))[0]
-    if seq_len < shape["seq_len"]:
-        positions = weights["transformer.wpe.weight"]
-        weights["transformer.wpe.weight"] = positions[:seq_len].clone()
-        notes.append(f"{shape['seq_len'] - seq_len} of {shape['seq_len']} positions: left out")
-    return shape | {"seq_len": seq_len}, weights, notes
+    print("\n  ".join([f"--init_from {source}:", *notes]), flush=True)
+    return shape, weights

@@ -332,23 +332,18 @@ def resolve_model(cfg: Config, device: str) -> None:
 
 def resolve_init(cfg: Config, given: dict, dist: "Distributed") -> dict:
     """Of --init_from: take its shape, return its weights, {} on ranks other than 0."""
-    names = {name: f"--{name} {given[name]}" for name in pretrained.SHAPE if name in given}
-    wanted = {name: (given[name], flag) for name, flag in names.items()}
-    if "model" in given:
-        preset = PRESETS[given["model"]].items()
-        wanted = {name: (value, f"--model {given['model']}") for name, value in preset} | wanted
     weights = {}
 
     def read():
-        shape, found, notes = pretrained.for_training(cfg.init_from, wanted, cfg.checkpoint_dir)
+        preset = PRESETS.get(given.get("model"), {})
+        shape, found = pretrained.for_training(cfg.init_from, given, preset, cfg.checkpoint_dir)
         weights.update(found)
-        print("\n  ".join([f"--init_from {cfg.init_from}:", *notes]), flush=True)
         return shape
 
-    vars(cfg).update(dist.on_main(read))
-    for name, preset in PRESETS.items():
-        if cfg.model is None and all(getattr(cfg, n) == preset[n] for n in pretrained.SHAPE[:3]):
-            cfg.model = name  # and its learning rate
+    shape = dist.on_main(read)
+    vars(cfg).update(shape)
+    alike = [m for m, p in PRESETS.items() if p | {"seq_len": cfg.seq_len} == shape]
+    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
     return weights
 
 

@@ -42,6 +42,7 @@ FOREIGN = {
     "journalctl": {"-u", "-f"},
     "sbatch": set(),
     "zcat": set(),
+    "lm_eval": {"--model", "--model_args", "--tasks"},
     "nvidia-smi": set(),
     "top": set(),
     ".": set(),
