@@ -1,6 +1,7 @@
 """What the tests of the training program share: a small corpus, a small model, real processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,3 +72,30 @@ def write_data(folder: Path, train=20_000, val=2_000, seed=0) -> Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "walk")
+
+
+class DyingOs:
+    """Stands for the module `os`: passes every call on and kills the process before the n-th.
+
+    Everything the module does to the file system goes through `os`. A write that is to die first
+    does half of its work, as a crash may.
+    """
+
+    def __init__(self, n: int):
+        self.n, self.count, self.calls = n, 0, []
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if not callable(real) or name in ("getpid", "fspath"):
+            return real
+
+        def call(*args, **kwargs):
+            self.count += 1
+            self.calls.append((name, args))
+            if self.count == self.n:
+                if name == "write":
+                    os.write(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call

@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import contextlib
 import functools
 import inspect
 import io
@@ -26,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md")
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("src/train_improved", "src/prepare_data", "src/hellaswag", "src/data_shards")
-COMMANDS += ("src/checkpoint_files", "src/sample")
+COMMANDS += ("src/checkpoint_files", "src/report", "src/sample", "src/export")
 
 # Flags of other programs that the documents use: a new one is looked up first, then added here.
 FOREIGN = {
@@ -107,17 +106,24 @@ def calls(line: str) -> list[tuple[str, list[str]]]:
 def our_flags() -> dict[str, set[str]]:
     """Program -> its flags, as its --help says (each run as the command it is, in this process)."""
     found = {}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     for name in COMMANDS:
-        out, on_sigterm = io.StringIO(), signal.getsignal(signal.SIGTERM)
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
             patch.setattr(sys, "argv", [f"{name}.py", "--help"])
             patch.setenv("COLUMNS", "200")
             with pytest.raises(SystemExit) as stop:
                 runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-        signal.signal(signal.SIGTERM, on_sigterm)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        out.seek(0)
+        text = out.read()
         assert stop.value.code in (0, None), name
-        found[name] = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", out.getvalue(), re.M))
-        found[name] |= set(re.findall(r", (--no-[\w-]+)", out.getvalue()))
+        found[name] = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.M))
+        found[name] |= set(re.findall(r", (--no-[\w-]+)", text))
     return found
 
 
@@ -222,6 +228,12 @@ def test_guide_and_code_have_the_same_tags():
     for code in inline_code(DOCS["TENSORBOARD_GUIDE.md"]):
         in_guide |= set(re.findall(r"^[A-Z]\w*/[a-z]\w*$", code))
     assert in_guide == in_code
+
+
+def test_guide_and_code_have_the_same_groups_of_tags():
+    in_code = set(re.findall(r'f"([A-Z]\w*)/\{', inspect.getsource(ti.Monitor)))
+    in_guide = set(re.findall(r"`([A-Z]\w*)/\*`", DOCS["TENSORBOARD_GUIDE.md"]))
+    assert in_guide == in_code and {"Update_Ratio", "Loss_by_Position"} < in_code
 
 
 def test_guide_and_code_have_the_same_histograms():

@@ -1,0 +1,545 @@
+"""Is this machine ready for the planned run? Looks, measures, and says what to fix.
+
+    python src/train_improved.py --doctor
+    python src/train_improved.py --model gpt2-medium --doctor
+
+Each line is ok, note (worth knowing) or PROBLEM (would stop the run, or lose its work). Takes about
+a minute on a GPU, two on a CPU. Leaves nothing behind but, like --dry_run, the sample corpus where
+no data is prepared.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint_files
+import data_shards
+import machine
+import run_summary
+import tokenizer
+from console import tint
+
+REFERENCE_STEPS = 95_365  # five epochs of 10 billion tokens
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+DISK_TEST_BYTES = 256 << 20
+CHECKSUMS_BELOW = 2e9  # bytes of shards whose SHA-256 are checked unasked: a few seconds
+PORTS = {6006: "TensorBoard's", 29500: "torchrun's"}
+MEASURE_SECONDS = 5.0
+COLOURS = {"ok": "green", "note": "yellow", "PROBLEM": "red"}
+
+
+class Report:
+    """The lines, printed as they are found."""
+
+    def __init__(self):
+        self.problems = []
+
+    def add(self, level: str, name: str, text: str, fix: str = "") -> None:
+        print(f"{tint(f'{level:>7}', COLOURS[level])}  {name:<9} {text}", flush=True)
+        if fix:
+            print(f"{'':18} fix: {fix}", flush=True)
+        if level == "PROBLEM":
+            self.problems.append(name)
+
+
+def examine(given: dict) -> int:
+    """Look at everything -> exit code 0, or 2 if there is a problem. given: as parse_flags gave."""
+    import train_improved as ti
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)
+        return 2
+    report, run = Report(), None
+    check_versions(report, given.get("use_tensorboard", False))
+    check_tokenizer(report)
+    try:
+        # What planning has to say beside errors, the lines below say too.
+        with contextlib.redirect_stdout(io.StringIO()):
+            dist = ti.Distributed(given.get("device"), ti.Config.hang_timeout)
+            run, _ = ti.set_up(given | {"dry_run": True}, dist)
+        cfg, device = run.cfg, dist.device
+    except ValueError as error:
+        report.add("PROBLEM", "plan", str(error))
+        cfg, device = ti.Config(**given), torch.device("cpu")
+    check_devices(report, device)
+    check_products(report, device, run and run.dtype)
+    check_compiler(report, device, cfg.compile)
+    if run is not None:
+        check_memory(report, run)
+    check_disk(report, cfg, run)
+    if run is not None:
+        check_data(report, run, ti.SAMPLE_DIR)
+        check_hellaswag(report, run)
+    check_ports(report)
+    if run is not None:
+        check_speed(report, ti, run)
+    print()
+    if report.problems:
+        print(tint(f"to fix before the run: {', '.join(report.problems)}", "red"))
+        return 2
+    print(tint("nothing here stops the run", "green"))
+    return 0
+
+
+# --- What is installed ----------------------------------------------------------------------------
+
+
+def check_versions(report: Report, use_tensorboard: bool) -> None:
+    """Installed versions against requirements.txt."""
+    found, others, missing = [f"Python {platform.python_version()}"], [], []
+    for name, pinned in re.findall(r"^([\w-]+)==(\S+)", REQUIREMENTS.read_text(), re.M):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        found.append(f"{name} {version}")
+        if version.split("+")[0] != pinned:  # torch's builds are 2.13.0+cpu, 2.13.0+cu130, ...
+            others.append(f"{name} {version}, pinned is {pinned}")
+    install = "pip install -r requirements.txt"
+    report.add("ok", "versions", ", ".join(found))
+    if others:
+        report.add("note", "versions", f"{'; '.join(others)}: numbers may differ a little", install)
+    for name in missing:
+        needed = name == "tensorboard" and use_tensorboard
+        why = {"tensorboard": "for --use_tensorboard", "datasets": "to prepare hub data"}
+        level = "PROBLEM" if needed else "note"
+        report.add(level, "versions", f"{name} is not installed: needed {why[name]}", install)
+
+
+def check_tokenizer(report: Report) -> None:
+    try:
+        count = tokenizer.get_tokenizer().n_vocab
+    except ValueError as error:
+        report.add("PROBLEM", "tokenizer", str(error))
+        return
+    digest = tokenizer.fingerprint()
+    report.add("ok", "tokenizer", f"GPT-2's files by their SHA-256, {count:,} tokens, {digest}")
+
+
+# --- The machine ----------------------------------------------------------------------------------
+
+
+def check_devices(report: Report, device: torch.device) -> None:
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    text = f"{cores} core(s) for this process, {torch.get_num_threads()} thread(s) of PyTorch"
+    if load > 0.5 * cores:
+        report.add(
+            "note",
+            "CPU",
+            f"{text}; load {load:.1f}: something else is running, speeds below are too low",
+        )
+    else:
+        report.add("ok", "CPU", text)
+    if device.type == "cpu" and shutil.which("nvidia-smi"):
+        build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"
+        report.add(
+            "note",
+            "GPU",
+            f"nvidia-smi is installed but the run uses the CPU: {build} sees "
+            f"{torch.cuda.device_count()} GPU(s)",
+            "a driver, or PyTorch's CUDA build: pip install torch==2.13.0",
+        )
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        free, total = torch.cuda.mem_get_info(i)
+        text = (
+            f"{i}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, CUDA {torch.version.cuda}"
+        )
+        if free < 0.9 * total:
+            report.add("note", "GPU", f"{text}: something else has memory there", "nvidia-smi")
+        else:
+            report.add("ok", "GPU", text)
+    if device.type == "mps":
+        report.add("ok", "GPU", "Apple's, through MPS")
+
+
+def check_products(report: Report, device: torch.device, planned: torch.dtype | None) -> None:
+    """Measured speed of a matrix product in each precision."""
+    wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if device.type == "cuda":
+        wanted |= {"TF32": torch.float32, "float16": torch.float16}
+    rates, missing = {}, []
+    for name, dtype in wanted.items():
+        torch.set_float32_matmul_precision("high" if name == "TF32" else "highest")
+        try:
+            rates[name] = machine.measure_peak_flops(device, dtype)
+        except (RuntimeError, TypeError):
+            missing.append(name)
+    torch.set_float32_matmul_precision("highest")
+    text = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items()) + " GFLOP/s"
+    text += f"; not available: {', '.join(missing)}" if missing else ""
+    plan = str(planned).removeprefix("torch.")
+    if plan == "bfloat16" and rates.get(plan, 0) < rates["float32"]:
+        text += ": bfloat16 is slower than float32 here"
+        report.add("note", "products", text, "--dtype float32")
+    elif plan == "float32" and rates.get("bfloat16", 0) > 1.5 * rates["float32"]:
+        text += ": bfloat16 would be faster than the planned float32"
+        report.add("note", "products", text, "--dtype bfloat16")
+    else:
+        report.add("ok", "products", text)
+
+
+def check_compiler(report: Report, device: torch.device, asked: bool | None) -> None:
+    """Compile a small function for real: a new one each time, so that no cache answers."""
+    number, start = random.random(), time.monotonic()
+    x = torch.ones(64, device=device)
+
+    def function(x):
+        return torch.sin(x) * number + 1
+
+    try:
+        assert torch.allclose(torch.compile(function)(x), function(x), atol=1e-6)
+    except Exception as error:  # whatever a compiler can think of
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        used = asked is not False and (asked or device.type == "cuda")
+        report.add(
+            "PROBLEM" if asked else "note",
+            "compiler",
+            f"torch.compile does not work: {reason}"
+            + ("" if used else " (this run does not use it)"),
+            "install a C++ compiler (g++), on a GPU also Triton and Python's headers; "
+            "or --no-compile",
+        )
+        return
+    seconds = time.monotonic() - start
+    report.add("ok", "compiler", f"torch.compile compiled a function in {seconds:.1f} s")
+
+
+def check_memory(report: Report, run) -> None:
+    """The estimate of what training needs, and the copy that saving in the background needs."""
+    cfg, device = run.cfg, run.dist.device
+    need = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    there = free_memory(device)
+    text = (
+        f"training needs about {need / 1e9:.1f} GB at {cfg.micro_batch_size} sequence(s) a pass, "
+        f"{there / 1e9:.1f} GB are free"
+    )
+    if need > there:
+        fix = "a smaller --micro_batch_size (numbers stay the same) or --model"
+        report.add("PROBLEM", "memory", text, fix)
+    elif need > 0.85 * there:
+        report.add("note", "memory", f"{text}: close", "a smaller --micro_batch_size")
+    else:
+        report.add("ok", "memory", text)
+    left = free_memory(torch.device("cpu")) - (0 if device.type == "cuda" else need)
+    copy = run_summary.checkpoint_bytes(run.model)
+    if copy + checkpoint_files.HEADROOM > left:
+        report.add(
+            "note",
+            "memory",
+            f"no room for the copy of {copy / 1e9:.1f} GB that saving in the background needs: "
+            "training waits while it saves",
+        )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be had; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return checkpoint_files.available_bytes() or math.inf
+
+
+# --- Disk, data, network --------------------------------------------------------------------------
+
+
+def check_disk(report: Report, cfg, run) -> None:
+    """Speed of the checkpoints' disk, and room for what the plan writes. run: None without plan."""
+    rate = None
+    for name in ("checkpoint_dir", "tensorboard_dir"):
+        folder = _existing(getattr(cfg, name))
+        free = checkpoint_files.free_bytes(folder)
+        size = 4096 if name == "tensorboard_dir" else min(DISK_TEST_BYTES, free // 4)
+        try:
+            seconds = _write_seconds(folder, size)
+        except OSError as error:
+            text = f"--{name} {getattr(cfg, name)}: cannot write in {folder} ({error.strerror})"
+            report.add("PROBLEM", "disk", text, "another folder, or its permissions")
+            return
+        rate = rate or size / seconds
+    text = f"{cfg.checkpoint_dir} writes {rate / 1e6:,.0f} MB/s to the disk"
+    if run is None:
+        report.add("ok", "disk", text)
+        return
+    size, files = run_summary.checkpoint_bytes(run.model), run_summary.checkpoints_kept(cfg)
+    text += f", a checkpoint of {size / 1e6:,.0f} MB in {size / rate:.1f} s"
+    if size / rate > 25:
+        text += ": longer than torchrun waits after a signal (30 s)"
+        report.add("note", "disk", text, "--max_hours, or a faster disk (QUICK_START.md, torchrun)")
+    else:
+        report.add("ok", "disk", text)
+
+    run_folder = checkpoint_files.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    there = checkpoint_files.list_checkpoints(run_folder)
+    if there and run.resumed_from is None:
+        report.add(
+            "PROBLEM",
+            "disk",
+            f"--run_name {cfg.run_name}: {run_folder} holds checkpoints already",
+            "--resume latest, or another name",
+        )
+    needs = {
+        "checkpoint_dir": max(files - len(there), 1) * size,
+        "tensorboard_dir": _log_bytes(run),
+    }
+    by_disk = {}
+    for name, need in needs.items():
+        folder = _existing(getattr(cfg, name))
+        by_disk.setdefault(folder.stat().st_dev, []).append((folder, need))
+    for group in by_disk.values():
+        folder, need = group[0][0], sum(need for _, need in group)
+        free = checkpoint_files.free_bytes(folder)
+        text = f"{folder}: the run writes up to {_size(need)}, {_size(free)} are free"
+        if need > free:
+            fix = "make room, a smaller --keep_checkpoints, or another --checkpoint_dir"
+            report.add("PROBLEM", "space", text, fix)
+        else:
+            report.add("ok", "space", text)
+
+
+def _existing(folder: str) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    path = Path(folder).absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _write_seconds(folder: Path, size: int) -> float:
+    """Time to write `size` bytes that do not compress, and to have them on the disk."""
+    block = random.Random(0).randbytes(1 << 20)
+    path = folder / f".tmp-disk-test-{os.getpid()}"
+    start = time.monotonic()
+    try:
+        with open(path, "xb", buffering=0) as file:
+            for begin in range(0, size, len(block)):
+                file.write(block[: size - begin])
+            os.fsync(file.fileno())
+        return time.monotonic() - start
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _log_bytes(run) -> int:
+    """Estimate for the run's log folder, from what was measured (TENSORBOARD_GUIDE.md, Disk)."""
+    cfg, tensors = run.cfg, len(list(run.model.parameters()))
+    size = 600 * cfg.max_steps * cfg.log_jsonl
+    if cfg.use_tensorboard:
+        dumps = 1 + cfg.max_steps // cfg.histogram_freq if cfg.histogram_freq else 0
+        size += 420 * cfg.max_steps + 2 * tensors * 1_200 * dumps
+    return size + 10_000
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:,.1f} GB" if n > 1e8 else f"{n / 1e6:,.1f} MB"
+
+
+def check_data(report: Report, run, sample_dir: str) -> None:
+    """The shards fit each other and their manifest: planning has opened them. Checksums too where
+    that is quick or --verify_data asks for it."""
+    cfg = run.cfg
+    folders = [Path(folder) for folder, _ in data_shards.parse_data_dir(cfg.data_dir)]
+    splits = [data_shards.list_shards(f, split) for f in folders for split in ("train", "val")]
+    size = sum(path.stat().st_size for shards in splits for path, _ in shards)
+    text = (
+        f"{cfg.data_dir}: {run.train_data.num_tokens:,} training tokens in {_size(size)}, "
+        f"{run.val_data.num_tokens:,} of validation"
+    )
+    listed = all(data_shards.read_manifest(folder) is not None for folder in folders)
+    if cfg.verify_data or size < CHECKSUMS_BELOW:
+        try:
+            data_shards.verify(cfg.data_dir)
+        except ValueError as error:
+            report.add("PROBLEM", "data", f"{text}: {error}")
+            return
+        text += ", checksums as in the manifest" if listed else ", no manifest to check against"
+    else:
+        text += ", sizes as in the manifest (checksums: --verify_data)" if listed else ""
+    if cfg.data_dir == sample_dir:
+        free = _size(checkpoint_files.free_bytes(sample_dir))
+        text += f". A sample to try the program with: FineWeb-Edu takes 20 GB, {free} are free"
+        report.add("note", "data", text, "python src/prepare_data.py, or --data_dir")
+    elif run.cfg.max_steps * run.cfg.total_batch_size > 20 * run.train_data.num_tokens:
+        text += ": the plan sees them more than 20 times"
+        report.add("note", "data", text, "a smaller --epochs or --max_steps, or more data")
+    else:
+        report.add("ok", "data", text)
+
+
+def check_hellaswag(report: Report, run) -> None:
+    path = run.cfg.hellaswag_file
+    if run.hellaswag_items:
+        report.add("ok", "HellaSwag", f"{path}: {len(run.hellaswag_items):,} questions")
+    elif run.cfg.hellaswag_freq:
+        text = f"{path} is not there: training goes on without the score"
+        report.add("note", "HellaSwag", text, "python src/hellaswag.py --download (12 MB)")
+
+
+def check_ports(report: Report) -> None:
+    taken = []
+    for port in PORTS:
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                taken.append(port)
+    for port in taken:
+        fix = {
+            6006: "that may be a TensorBoard already; else tensorboard --logdir=runs --port 6007"
+        }
+        text = f"{port}, {PORTS[port]}, is taken"
+        report.add("note", "ports", text, fix.get(port, "torchrun --standalone finds a free one"))
+    if not taken:
+        names = " and ".join(f"{port} ({whose})" for port, whose in PORTS.items())
+        report.add("ok", "ports", f"{names} are free")
+
+
+# --- How long it will take ------------------------------------------------------------------------
+
+
+def check_speed(report: Report, ti, run) -> None:
+    """Short measured training steps -> time and cost of the plan and of the reference run."""
+    cfg, device = run.cfg, run.dist.device
+    shape = {name: getattr(cfg, name) for name in ti.PRESETS["gpt2"]}
+    speed = measure(report, ti, run, "speed")
+    if speed is not None:
+        text = duration(cfg.max_steps, cfg.total_batch_size, *speed, device)
+        report.add("ok", "this plan", text)
+    if shape != ti.PRESETS["gpt2"]:
+        run = reference_run(ti, run)
+        need = machine.training_bytes(run.model, run.dtype, 1)
+        free = free_memory(device)
+        if need > free:
+            text = f"training 124M needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            report.add("note", "reference", text)
+            return
+        speed = measure(report, ti, run, "reference")
+    if speed is not None:
+        text = duration(REFERENCE_STEPS, ti.REFERENCE["total_batch_size"], *speed, device)
+        report.add("ok", "reference", text)
+
+
+def reference_run(ti, run):
+    """124M on this machine, with the micro-batch that fits here."""
+    cfg = dataclasses.replace(run.cfg, model="gpt2", **(ti.PRESETS["gpt2"] | ti.TRAINING["gpt2"]))
+    with torch.device("meta"):
+        model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    sequences = cfg.total_batch_size // cfg.seq_len if run.dist.device.type != "cpu" else 1
+    cfg.micro_batch_size = machine.choose_micro_batch(
+        model, sequences, run.dist.device, run.dtype, 1
+    )
+    return dataclasses.replace(run, cfg=cfg, model=model)
+
+
+def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | None:
+    """(tokens per second, watts meanwhile if the device says), and reported; None if that fails.
+
+    A step is its number of micro-batches, clipping and the update; evaluation, logging and saving
+    come on top.
+    """
+    cfg, device = run.cfg, run.dist.device
+    torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
+    torch.manual_seed(cfg.seed)
+    try:
+        with device:
+            run.model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+            shape = (cfg.micro_batch_size, cfg.seq_len + 1)
+            ids = torch.randint(tokenizer.VOCAB_SIZE, shape)
+        run.optimizer = ti.make_optimizer(run.model, cfg)
+        run.loss_scale = ti.LossScale(run.dtype, device)
+        train_model = run.model
+        if cfg.compile or (cfg.compile is None and device.type == "cuda"):
+            train_model = machine.compiled(run.model, ids, run.autocast, None)
+
+        def micro_batch():
+            ti.forward_backward(run, train_model, ids)
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            run.optimizer.step()
+
+        for work in (micro_batch, update):  # memory is allocated, kernels are chosen
+            work()
+        passes = cfg.total_batch_size // (cfg.seq_len * cfg.micro_batch_size)
+        seconds = passes * _seconds(micro_batch, device) + _seconds(update, device)
+        watts = _watts_during(micro_batch, device)
+    except RuntimeError as error:  # most of all: out of memory
+        reason = str(error).splitlines()[0][:200]
+        report.add("PROBLEM", name, f"a training step failed: {reason}", "--micro_batch_size 1")
+        return None
+    finally:
+        run.model = run.optimizer = None
+    rate = cfg.total_batch_size / seconds
+    text = (
+        f"{cfg.model} ({cfg.n_layer} layers, width {cfg.n_embd}, context {cfg.seq_len}): "
+        f"{rate:,.0f} tokens/s in {cfg.dtype}, measured with "
+        f"{cfg.micro_batch_size} sequence(s) a pass"
+    )
+    report.add("ok", name, text)
+    return rate, watts
+
+
+def _seconds(work, device: torch.device) -> float:
+    """Median time of a call, of as many as fit into MEASURE_SECONDS but at least one."""
+    times = []
+    while not times or (sum(times) < MEASURE_SECONDS and len(times) < 50):
+        machine.wait_for(device)
+        start = time.monotonic()
+        work()
+        machine.wait_for(device)
+        times.append(time.monotonic() - start)
+    return statistics.median(times)
+
+
+def _watts_during(work, device: torch.device) -> float | None:
+    """What an NVIDIA GPU says that it draws (over the last second) while it works."""
+    if device.type != "cuda" or not shutil.which("nvidia-smi"):
+        return None
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = ["nvidia-smi", gpu, "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as answer:
+        while answer.poll() is None:
+            work()
+            machine.wait_for(device)
+        with contextlib.suppress(ValueError):  # "[N/A]"
+            return float(answer.stdout.read())
+    return None
+
+
+def duration(steps: int, batch: int, rate: float, watts: float | None, device: torch.device) -> str:
+    """Time and cost of `steps` of `batch` tokens at `rate` tokens per second."""
+    hours = steps * batch / rate / 3600
+    text = (
+        f"{steps:,} steps of {batch:,} tokens: {hours_and_days(hours)} without evaluation and "
+        "saving"
+    )
+    if device.type == "cuda":
+        text += f", {hours:,.1f} GPU-hours"
+        if (gpus := torch.cuda.device_count()) > 1:
+            text += f"; on {gpus} GPUs at best {hours_and_days(hours / gpus)}"
+    if watts is not None:
+        text += f"; {watts * hours / 1000:,.1f} kWh for the GPU at the measured {watts:,.0f} W"
+    return text
+
+
+def hours_and_days(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours:,.1f} hours" + (f" = {hours / 24:,.1f} days" if hours > 48 else "")
