@@ -8,7 +8,7 @@
 Reads from top to bottom: configuration, model, optimizer, distributed, checkpoints, evaluation,
 monitoring, training. Mechanisms that stand alone live beside this file: data_shards.py (token
 shards, shuffle, loader), checkpoint_files.py (durable files), tensorboard_log.py (event files),
-hellaswag.py, tokenizer.py. Every default and the order of a training step are here.
+hellaswag.py, sample.py, tokenizer.py. Every default and the order of a training step are here.
 """
 
 import contextlib

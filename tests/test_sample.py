@@ -346,7 +346,7 @@ def test_piped_prompt_and_a_reader_that_has_seen_enough(trained):
     assert process.stdout.read(11).decode() == "Zwei Fäden"
     process.stdout.close()
     err = process.stderr.read().decode()
-    assert process.wait(60) == 0 and "Traceback" not in err and "Exception" not in err, err
+    assert process.wait(300) == 0 and "Traceback" not in err and "Exception" not in err, err
 
 
 def test_interactive_on_a_terminal(trained):
@@ -355,7 +355,7 @@ def test_interactive_on_a_terminal(trained):
     os.close(slave)
     unread = ""
 
-    def read_until(text, timeout=60):
+    def read_until(text, timeout=300):
         nonlocal unread
         end = time.monotonic() + timeout
         while text not in unread:
@@ -372,7 +372,7 @@ def test_interactive_on_a_terminal(trained):
     assert read_until("5 tokens").count("Once more") == 2, "as typed, and where the text begins"
     read_until("> ")
     os.write(master, b"\x04")
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     os.close(master)
 
 
