@@ -66,6 +66,7 @@ FAINT_RUNS = 3  # with more runs in a chart, raw curves behind the smooth ones w
 BEADS = 40  # a curve with more points than these has no markers, or only some
 OTHER_CHARTS = 12
 LEGEND_ROW = 12 / 72  # inches
+LABEL_CHARS = 90  # what fits beside a line of a legend
 # Okabe and Ito's palette but its yellow, which is too light for lines on paper.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
@@ -130,8 +131,14 @@ class Chart:
 
 
 def legend_line(label: str, **looks):
+    """A line of a legend, whatever is in its words: matplotlib takes $…$ for a formula, and leaves
+    out what begins with _."""
     from matplotlib.lines import Line2D
 
+    if len(label) > LABEL_CHARS:
+        label = f"{label[: LABEL_CHARS // 2]}…{label[-LABEL_CHARS // 2 :]}"
+    label = label.replace("$", r"\$")
+    label = f" {label}" if label.startswith("_") else label
     return Line2D([], [], label=label, **({"mec": "white"} | looks))
 
 
@@ -428,7 +435,8 @@ def norm_chart(runs: list, window: int) -> Chart | None:
     elif len(norms):
         ax.set_ylim(0, 1.08 * norms.max())
     plot.finish_x(ax)
-    ax.set_ylabel("gradient norm before clipping")
+    applied = any(run.tag("norm") == "Gradient/norm" for run in shown)
+    ax.set_ylabel("gradient norm" if applied else "gradient norm before clipping")
     plot.mark_incidents(ax)
     plot.legend_above(plot.run_lines(), plot.average_lines() + plot.incidents)
     return plot.finish("gradient_norm", "Gradient norm", runs)

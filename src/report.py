@@ -219,7 +219,8 @@ def find_runs(words: list[str], tensorboard_dir: str) -> dict[str, Path]:
         direct = any("tfevents" in path.name for path in top.iterdir())
         folders = [top] if direct else sorted({path.parent for path in top.rglob("*tfevents*")})
         for folder in folders:
-            name = plain(top.resolve().name if direct else folder.relative_to(top).as_posix())
+            name = top.resolve().name if direct else folder.relative_to(top).as_posix()
+            name = " ".join(plain(name).split())
             found.setdefault(folder.resolve(), name)
     names = list(found.values())
     return {
