@@ -66,6 +66,7 @@ FAINT_RUNS = 3  # with more runs in a chart, raw curves behind the smooth ones w
 BEADS = 40  # a curve with more points than these has no markers, or only some
 OTHER_CHARTS = 12
 LEGEND_ROW = 12 / 72  # inches
+LABEL_CHARS = 75  # what fits beside a line of a legend
 # Okabe and Ito's palette but its yellow, which is too light for lines on paper.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
@@ -130,9 +131,26 @@ class Chart:
 
 
 def legend_line(label: str, **looks):
+    """A line of a legend, whatever is in its words: matplotlib takes $…$ for a formula, and leaves
+    out what begins with _."""
     from matplotlib.lines import Line2D
 
+    if len(label) > LABEL_CHARS:
+        half = LABEL_CHARS // 2
+        label = f"{label[:half]}…{label[-half:]}"
+    label = label.replace("$", r"\$")
+    label = f" {label}" if label.startswith("_") else label
     return Line2D([], [], label=label, **({"mec": "white"} | looks))
+
+
+def legend_columns(lengths: list[int]) -> int:
+    """How many columns of a legend fit, by the characters of its labels: 415 points of room beside
+    the axis' numbers, 45 for a line and its margins, 4.9 a character."""
+    for columns in range(len(lengths), 1, -1):
+        widths = [45 + 4.9 * max(column) for column in np.array_split(lengths, columns)]
+        if sum(widths) <= 415:
+            return columns
+    return 1
 
 
 class Plot:
@@ -274,8 +292,7 @@ class Plot:
             groups = [[line for group in groups for line in group]]
         height = 0.0  # inches above the axes so far
         for lines in reversed([group for group in groups if group]):
-            longest = max(len(line.get_label()) for line in lines)
-            columns = max(1, min(len(lines), 100 // (longest + 8)))
+            columns = legend_columns([len(line.get_label()) for line in lines])
             looks = {"ncols": columns, "borderaxespad": 0, "borderpad": 0.2}
             if len(self.axes[0]) > 1:
                 self.figure.legend(handles=lines, loc="outside upper left", **looks)
@@ -428,7 +445,8 @@ def norm_chart(runs: list, window: int) -> Chart | None:
     elif len(norms):
         ax.set_ylim(0, 1.08 * norms.max())
     plot.finish_x(ax)
-    ax.set_ylabel("gradient norm before clipping")
+    applied = any(run.tag("norm") == "Gradient/norm" for run in shown)
+    ax.set_ylabel("gradient norm" if applied else "gradient norm before clipping")
     plot.mark_incidents(ax)
     plot.legend_above(plot.run_lines(), plot.average_lines() + plot.incidents)
     return plot.finish("gradient_norm", "Gradient norm", runs)

@@ -219,7 +219,8 @@ def find_runs(words: list[str], tensorboard_dir: str) -> dict[str, Path]:
         direct = any("tfevents" in path.name for path in top.iterdir())
         folders = [top] if direct else sorted({path.parent for path in top.rglob("*tfevents*")})
         for folder in folders:
-            name = plain(top.resolve().name if direct else folder.relative_to(top).as_posix())
+            name = top.resolve().name if direct else folder.relative_to(top).as_posix()
+            name = " ".join(plain(name).split())
             found.setdefault(folder.resolve(), name)
     names = list(found.values())
     return {
@@ -655,8 +656,8 @@ def main(argv: list[str] | None = None) -> int:
     # fmt: off
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a folder of runs, or a run's name in --tensorboard_dir")  # noqa: E501
     parser.add_argument("--tensorboard_dir", default="runs", metavar="FOLDER", help="where runs are looked for by name [runs]")  # noqa: E501
-    parser.add_argument("--out", default="report", metavar="FOLDER", help="is written: charts, tables, pages [report]")  # noqa: E501
-    parser.add_argument("--smooth", type=int, metavar="STEPS", help="steps to average lines over, 1 = none [a fiftieth of the longest run]")  # noqa: E501
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="folder to write charts, tables and pages to [report]")  # noqa: E501
+    parser.add_argument("--smooth", type=int, metavar="STEPS", help="how many steps lines are averages of, 1 = none [a fiftieth of the longest run]")  # noqa: E501
     # fmt: on
     args = parser.parse_args(argv)
     try:

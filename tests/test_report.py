@@ -107,10 +107,11 @@ def real(data, tmp_path_factory) -> Path:
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, HELLASWAG)))
     for lr in ("1e-2", "1e-3"):
         run(
-            *f"--run_name lr-{lr} --max_lr {lr} --max_steps 40 --eval_freq 20 --use_tensorboard "
+            *f"--run_name lr-{lr} --max_lr {lr} --max_steps 24 --eval_freq 12 --use_tensorboard "
             "--hellaswag_file items.jsonl --histogram_freq 0".split(),
             cwd=folder,
             data=data,
+            timeout=900,
         )
     (folder / "stdout").write_text(command("lr-1e-3", "runs/lr-1e-2", cwd=folder)[0])
     return folder
@@ -154,7 +155,7 @@ def test_csv_holds_every_scalar_exactly(real):
                 assert np.float32(row["value"]) == np.float32(value)
                 assert float(row["wall_time"]) == pytest.approx(when, abs=1e-3)
                 count += 1
-    assert count == len(rows) > 1000
+    assert count == len(rows) > 600
 
 
 def test_table_is_sorted_by_validation_loss(real):
@@ -169,10 +170,10 @@ def test_table_is_sorted_by_validation_loss(real):
     assert heads[:2] == ["run", "max_lr"]  # the one thing that was asked for and differs
     first, second = dict(zip(heads, first, strict=True)), dict(zip(heads, second, strict=True))
     assert (first["run"], second["run"]) == ("lr-1e-2", "lr-1e-3")
-    assert first["max_lr"] == "0.01" and first["step"] == "40 of 40"
+    assert first["max_lr"] == "0.01" and first["step"] == "24 of 24"
     assert first["best validation loss"] == f"{best['lr-1e-2']:.4f}"
     assert second["best validation loss"] == f"{best['lr-1e-3']:.4f}"
-    assert first["tokens"] == f"{40 * 256:,}" and "best HellaSwag" in heads
+    assert first["tokens"] == f"{24 * 256:,}" and "best HellaSwag" in heads
     stdout = (real / "stdout").read_text().splitlines()
     assert stdout[:4] == table and stdout[-1].startswith("report/index.html: 7 charts, ")
 
@@ -214,7 +215,7 @@ def same(folder: Path) -> dict:
 
 
 def test_reads_what_tensorboard_reads(real, tmp_path):
-    assert len(same(real / "runs" / "lr-1e-2")["Loss/train"]) == 40
+    assert len(same(real / "runs" / "lr-1e-2")["Loss/train"]) == 24
     write_log(tmp_path / "resumed", range(101), validate=10)
     log = TensorBoardLog(tmp_path / "resumed", 61)
     for step in range(61, 81):
@@ -375,9 +376,10 @@ def test_gpt2s_loss_is_drawn_for_fineweb_edu_alone(tmp_path, words_in_svg):
         path = write_log(tmp_path / name, range(101), config, validate=10)
         assert load(path).is_fineweb_edu is applies, name
     for names, applies in ((["edu"], True), (["fineweb"], False), (["edu", "mixed"], False)):
-        make([tmp_path / name for name in names], tmp_path / "report")
-        words = words_in_svg(tmp_path / "report" / "loss_steps.svg")
-        assert ("3.292" in " ".join(words)) is applies, names
+        runs = [load(tmp_path / name, style) for style, name in enumerate(names)]
+        with matplotlib.rc_context(charts.LOOKS):
+            chart = charts.loss_chart(runs, "steps", "Loss", 1)
+        assert (b"3.292" in chart.svg) is applies, names
 
 
 def test_charts_say_what_they_show(tmp_path, words_in_svg):
@@ -492,6 +494,18 @@ def test_text_is_escaped(tmp_path):
     assert r"a\<b>&\|\`c" in text
 
 
+def test_any_name_fits_into_a_legend(tmp_path, words_in_svg):
+    names = ("_hidden", "a$b$c^{", "long" * 60)
+    for name in names:
+        write_log(tmp_path / "runs" / name, range(30), validate=10)
+    make([tmp_path / "runs"], tmp_path / "report")
+    words = words_in_svg(tmp_path / "report" / "loss_steps.svg")
+    assert "_hidden" in words and "a$b$c^{" in words
+    assert any(word.startswith("longlong") and len(word) < 100 for word in words)
+    height, width, _ = matplotlib.image.imread(tmp_path / "report" / "loss_steps.png").shape
+    assert width == 1280 and height < 900
+
+
 def test_other_files_stay_and_old_charts_go(tmp_path):
     out = tmp_path / "report"
     folder = write_log(tmp_path / "run", range(101), FINEWEB, validate=10)
@@ -509,11 +523,11 @@ def test_other_files_stay_and_old_charts_go(tmp_path):
 def test_different_data_is_said(tmp_path):
     for name, folder in (("a", "data/a"), ("b", "data/b")):
         write_log(tmp_path / name, range(6), {"data_dir": folder}, validate=5)
-    assert "different data" in make([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
-    for name in "ab":  # the same data in another place
-        record = json.loads((tmp_path / name / "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps(record | {"data_fingerprint": "f"}))
-    assert "different data" not in make([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
+    runs = [load(tmp_path / name, 0) for name in "ab"]
+    assert any("different data" in sentence for sentence in report.remarks(runs, []))
+    for found in runs:  # the same data in another place
+        found.record["data_fingerprint"] = "f"
+    assert report.remarks(runs, []) == []
 
 
 # --- The command ----------------------------------------------------------------------------------
