@@ -50,9 +50,9 @@ class Report:
         self.problems = []
 
     def add(self, level: str, name: str, text: str, fix: str = "") -> None:
-        print(f"{tint(f'{level:>7}', COLOURS[level])}  {name:<9} {text}", flush=True)
+        print(f"{tint(f'{level:>7}', COLOURS[level])}  {name:<10} {text}", flush=True)
         if fix:
-            print(f"{'':18} fix: {fix}", flush=True)
+            print(f"{'':20} fix: {fix}", flush=True)
         if level == "PROBLEM":
             self.problems.append(name)
 
@@ -79,14 +79,13 @@ def examine(given: dict) -> int:
     check_devices(report, device)
     check_products(report, device, run and run.dtype)
     check_compiler(report, device, cfg.compile)
-    if run is not None:
-        check_memory(report, run)
+    fits = run is not None and check_memory(report, run)
     check_disk(report, cfg, run)
     if run is not None:
         check_data(report, run, ti.SAMPLE_DIR)
         check_hellaswag(report, run)
     check_ports(report)
-    if run is not None:
+    if fits:  # else the attempt itself could bring the machine down
         check_speed(report, ti, run)
     print()
     if report.problems:
@@ -116,10 +115,10 @@ def check_versions(report: Report, use_tensorboard: bool) -> None:
     if others:
         report.add("note", "versions", f"{'; '.join(others)}: numbers may differ a little", install)
     for name in missing:
-        needed = name == "tensorboard" and use_tensorboard
-        why = {"tensorboard": "for --use_tensorboard", "datasets": "to prepare hub data"}
-        level = "PROBLEM" if needed else "note"
-        report.add(level, "versions", f"{name} is not installed: needed {why[name]}", install)
+        rarely = {"tensorboard": "for --use_tensorboard", "datasets": "to prepare hub data"}
+        needed = name not in rarely or (name == "tensorboard" and use_tensorboard)
+        text = f"{name} is not installed, needed {rarely.get(name, 'for training')}"
+        report.add("PROBLEM" if needed else "note", "versions", text, install)
 
 
 def check_tokenizer(report: Report) -> None:
@@ -198,6 +197,9 @@ def check_products(report: Report, device: torch.device, planned: torch.dtype | 
 
 def check_compiler(report: Report, device: torch.device, asked: bool | None) -> None:
     """Compile a small function for real: a new one each time, so that no cache answers."""
+    if asked is False:
+        report.add("ok", "compiler", "not needed with --no-compile")
+        return
     number, start = random.random(), time.monotonic()
     x = torch.ones(64, device=device)
 
@@ -208,7 +210,7 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
         assert torch.allclose(torch.compile(function)(x), function(x), atol=1e-6)
     except Exception as error:  # whatever a compiler can think of
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        used = asked is not False and (asked or device.type == "cuda")
+        used = asked or device.type == "cuda"
         report.add(
             "PROBLEM" if asked else "note",
             "compiler",
@@ -222,8 +224,9 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
     report.add("ok", "compiler", f"torch.compile compiled a function in {seconds:.1f} s")
 
 
-def check_memory(report: Report, run) -> None:
-    """The estimate of what training needs, and the copy that saving in the background needs."""
+def check_memory(report: Report, run) -> bool:
+    """The estimate of what training needs, and the copy that saving in the background needs ->
+    whether training fits."""
     cfg, device = run.cfg, run.dist.device
     need = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
     there = free_memory(device)
@@ -247,6 +250,7 @@ def check_memory(report: Report, run) -> None:
             f"no room for the copy of {copy / 1e9:.1f} GB that saving in the background needs: "
             "training waits while it saves",
         )
+    return need <= there
 
 
 def free_memory(device: torch.device) -> float:
@@ -347,7 +351,7 @@ def _log_bytes(run) -> int:
 
 
 def _size(n: float) -> str:
-    return f"{n / 1e9:,.1f} GB" if n > 1e8 else f"{n / 1e6:,.1f} MB"
+    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.2g} MB"
 
 
 def check_data(report: Report, run, sample_dir: str) -> None:
@@ -541,5 +545,5 @@ def duration(steps: int, batch: int, rate: float, watts: float | None, device: t
 
 def hours_and_days(hours: float) -> str:
     if hours < 1:
-        return f"{60 * hours:.1f} minutes"
+        return f"{3600 * hours:.0f} seconds" if hours < 1 / 30 else f"{60 * hours:.1f} minutes"
     return f"{hours:,.1f} hours" + (f" = {hours / 24:,.1f} days" if hours > 48 else "")
