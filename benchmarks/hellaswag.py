@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # this file is called hellaswag, too
 import hellaswag
+import machine
 import train_improved
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
+    machine.keep_freed_memory()  # for both ways, as training has it
     items = hellaswag.load_items(args.file)
     items = random.Random(0).sample(items, min(args.items, len(items)))
     torch.manual_seed(0)

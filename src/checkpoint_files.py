@@ -25,6 +25,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -58,6 +59,8 @@ GATHER = 1 << 16  # smaller writes are put together
 # name may well be the one of the process that crashed here before.
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 NEW_FILE |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 STEP_NAME = re.compile(r"step_([0-9]{8,})\.pt")
 TEMPORARY_NAME = re.compile(r"\.tmp-(step_[0-9]{8,}\.pt|write-test)-[0-9]+")
@@ -224,7 +227,7 @@ def _flush_to_disk(fd: int) -> None:
     os.fsync(fd)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut; a no-op where folders cannot be flushed."""
     if fcntl is None:
         return
@@ -246,7 +249,7 @@ def _make_folder(folder: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _flush_folder(folder.parent)
+    flush_folder(folder.parent)
 
 
 def save(path, state: dict, info: dict | None = None) -> None:
@@ -290,7 +293,7 @@ def save(path, state: dict, info: dict | None = None) -> None:
         if isinstance(e, OSError) and e.filename is None:  # a full disk does not say whose
             raise OSError(e.errno, e.strerror, str(path)) from None
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
     _known_good[_signature(path, written)] = info
 
 
@@ -499,25 +502,32 @@ def sweep(folder) -> list[Path]:
     return removed
 
 
-def retain(folder, keep_last: int, keep_every: int = 0, best_step: int | None = None) -> list[str]:
+def retain(
+    folder, keep_last: int, keep_every: int = 0, stable_step: int | None = None
+) -> list[str]:
     """Delete old checkpoints in `folder`; returns a warning for each that could not be deleted.
 
     Kept are the `keep_last` highest steps (0: all), multiples of `keep_every` (0: none for that
-    reason), `best_step`, the file written last (after a roll-back it is not the highest step), and
-    at least one that verifies. Only regular files with our name and our comment are ever deleted,
-    and only those count. What this process wrote or verified is not hashed again.
+    reason), the one with the lowest `val_loss` in its info, `stable_step` (where a run can be
+    extended), the file written last (after a roll-back it is not the highest step), and at least
+    one that verifies. Only regular files with
+    our name and our comment are ever deleted, and only those count. What this process wrote or
+    verified is not hashed again.
     """
-    ours = []
+    ours, losses = [], {}
     for candidate in list_checkpoints(folder):
         with contextlib.suppress(CheckpointError):
-            read_info(candidate.path)
+            loss = read_info(candidate.path).get("val_loss")
             if not candidate.path.is_symlink():
                 ours.append(candidate)
+                if isinstance(loss, float) and math.isfinite(loss):
+                    losses[candidate.step] = loss
     if keep_last <= 0 or len(ours) <= keep_last:
         return []
     keep = {c.step for c in ours[-keep_last:]}
     keep |= {c.step for c in ours if keep_every > 0 and c.step % keep_every == 0}
-    keep |= {best_step, max(ours, key=lambda c: c.mtime).step}
+    keep |= {stable_step, max(ours, key=lambda c: c.mtime).step}
+    keep |= {min(losses, key=losses.get)} if losses else set()
     if not any(_is_known_good(c.path) for c in ours if c.step in keep):
         whole, _ = _first_whole(ours[::-1])
         if whole is None:
@@ -533,6 +543,17 @@ def retain(folder, keep_last: int, keep_every: int = 0, best_step: int | None = 
             except OSError as e:  # never worth a training run: say it and go on
                 warnings.append(f"{candidate.path} could not be deleted: {e.strerror}")
     return warnings
+
+
+def make_room(
+    folder, keep_last: int, keep_every: int = 0, stable_step: int | None = None
+) -> list[str]:
+    """Delete what `retain` would delete if one more checkpoint were there already, never the last
+    one; returns the names of the deleted files."""
+    before = list_checkpoints(folder)
+    retain(folder, keep_last - 1, keep_every, stable_step)
+    left = {c.step for c in list_checkpoints(folder)}
+    return [c.path.name for c in before if c.step not in left]
 
 
 def _is_known_good(path: Path) -> bool:
@@ -563,8 +584,11 @@ def run_folder(base, name: str) -> Path:
     return folder
 
 
-def check_writable(folder) -> None:
-    """Create `folder` and write, flush and remove a small file there; ValueError if that fails."""
+def check_writable(folder) -> str | None:
+    """Create `folder` and write, flush and remove a small file there; ValueError if that fails.
+
+    Only a full disk is no error but the sentence that is returned: space may come back.
+    """
     folder = Path(folder)
     probe = folder / f".tmp-write-test-{os.getpid()}"
     try:
@@ -577,7 +601,11 @@ def check_writable(folder) -> None:
             os.close(fd)
             os.unlink(probe)
     except OSError as e:
-        raise ValueError(f"cannot write in {folder}: {e.strerror}") from None
+        sentence = f"cannot write in {folder}: {e.strerror}"
+        if e.errno in DISK_FULL:
+            return sentence
+        raise ValueError(sentence) from None
+    return None
 
 
 def free_bytes(folder) -> int:
@@ -641,11 +669,16 @@ class RunLock:
                 raise
             os.close(fd)
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(content).encode("ascii"), 0)
+        content["job"] = launcher()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
         self.fd, self.path = fd, path
         self._held.add((os.getpid(), str(path)))
         return self
+
+    def holds(self, folder) -> bool:
+        """Whether this is the lock of `folder`."""
+        return self.path is not None and self.path.parent == Path(folder).resolve()
 
     @staticmethod
     def _holder(fd: int) -> str:
@@ -665,8 +698,24 @@ class RunLock:
             self.fd = self.path = None
 
 
+def launcher() -> str | None:
+    """What the torchrun that started this process is called, the same over all its restarts."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{run_id} {socket.gethostname()} {os.getppid()}" if run_id is not None else None
+
+
+def run_of_launcher(checkpoint_dir) -> str | None:
+    """Name of the run whose folder an earlier attempt of our torchrun claimed, if there is one."""
+    for folder in run_folders(checkpoint_dir) if launcher() else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads((folder / ".lock").read_bytes()).get("job") == launcher():
+                return folder.name
+    return None
+
+
 # --- Background saving ----------------------------------------------------------------------------
 
+SMALL_THINGS = 1 << 20  # bytes for random numbers, step counts and gaps beside the large tensors
 HEADROOM = 1 << 30  # bytes left to the rest of the machine; below it the copy is not made
 
 
@@ -710,15 +759,20 @@ class BackgroundSaver:
         self.announce, self.headroom = announce, headroom
         self.synchronous = False  # no memory for the copy: save in the foreground
         self._buffers = {}  # place in the state -> CPU tensor in one of the arenas
-        self._arenas = []  # the memory, and what makes CUDA let go of it
+        self._arenas = []  # the memory, and whether CUDA must be made to let go of it
+        self._spare = None  # (the last arena's memory, bytes handed out, bytes left)
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
         self._started = 0.0
         self._ok = True
         self._failures: list[tuple[Path, str]] = []
 
-    def allocate(self, state: dict) -> None:
-        """Reserve the memory for copies of `state`, best before the first step; says how much."""
+    def allocate(self, state: dict, at_least: int = 0) -> None:
+        """Reserve the memory for copies of `state`, best before the first step; says how much.
+
+        at_least: bytes of what the state will hold later, as an optimizer makes its moments in the
+        first step; reserved at once, and given to the tensors that come.
+        """
         import torch
 
         missing, total = {}, 0
@@ -748,6 +802,10 @@ class BackgroundSaver:
             _map_unique(state, look)
         if not missing or self.synchronous:
             return
+        if self._spare is not None and total <= self._spare[2]:
+            self._hand_out(missing, total)
+            return
+        needed, total = total, max(total, at_least + SMALL_THINGS if at_least else 0)
         available = available_bytes()
         if available is not None and available < total + self.headroom:
             self._stay_synchronous(
@@ -767,18 +825,29 @@ class BackgroundSaver:
             return
         pinned = bool(cuda) and _pin(arena)
         self._arenas.append((arena, pinned))
-        for where, (offset, layout) in missing.items():
-            # Each buffer gets a storage of its own length, so that saving one does not save all.
-            flat = (
-                torch.frombuffer(raw, dtype=layout.dtype, count=layout.numel(), offset=offset)
-                if layout.numel()
-                else torch.empty(0, dtype=layout.dtype)
-            )
-            self._buffers[where] = flat.as_strided(layout.shape, layout.stride())
+        self._spare = (raw, 0, total)
+        self._hand_out(missing, needed)
         self.announce(
             f"background checkpoints: {_size(total)} of {'pinned ' if pinned else ''}memory "
             "reserved for the copy"
         )
+
+    def _hand_out(self, missing: dict, needed: int) -> None:
+        """Buffers for the tensors in `missing`, {place: (offset, layout)}, from the last arena."""
+        import torch
+
+        raw, begin, left = self._spare
+        for where, (offset, layout) in missing.items():
+            # Each buffer gets a storage of its own length, so that saving one does not save all.
+            flat = (
+                torch.frombuffer(
+                    raw, dtype=layout.dtype, count=layout.numel(), offset=begin + offset
+                )
+                if layout.numel()
+                else torch.empty(0, dtype=layout.dtype)
+            )
+            self._buffers[where] = flat.as_strided(layout.shape, layout.stride())
+        self._spare = (raw, begin + needed, left - needed)
 
     def save(
         self,
@@ -786,12 +855,14 @@ class BackgroundSaver:
         state: dict,
         info: dict | None = None,
         on_done: Callable[[], list[str] | None] | None = None,
+        on_full: Callable[[], list[str]] | None = None,
     ) -> float:
         """Copy `state` and write it behind the caller's back; returns the seconds waited here.
 
         `on_done()` runs after a successful write, in the writing thread; the warnings it returns
-        are announced (`retain`). The caller may change its tensors and values as soon as this
-        returns.
+        are announced (`retain`). `on_full()` runs when the disk is full; if it returns names of
+        files that it deleted, the write is tried once more (`make_room`). The caller may change its
+        tensors and values as soon as this returns.
         """
         import torch
 
@@ -805,7 +876,7 @@ class BackgroundSaver:
         self._path, self._started = Path(path), time.monotonic()
         self.allocate(state)
         if self.synchronous:
-            self._write(Path(path), state, info, on_done)
+            self._write(Path(path), state, info, on_done, on_full)
             return time.monotonic() - began
         devices, moves = set(), []
 
@@ -828,10 +899,14 @@ class BackgroundSaver:
         _move_all(moves)
         for device in devices:
             torch.cuda.synchronize(device)
-        self._thread = threading.Thread(
-            target=self._write, args=(Path(path), copied, dict(info or {}), on_done), name="saver"
-        )
-        self._thread.start()  # not a daemon: the interpreter waits for it, even after an exception
+        arguments = (Path(path), copied, dict(info or {}), on_done, on_full)
+        # Not a daemon: the interpreter waits for it, even after an exception.
+        thread = threading.Thread(target=self._write, args=arguments, name="saver")
+        try:
+            thread.start()
+            self._thread = thread
+        except RuntimeError:  # the system gives this user no more threads
+            self._write(*arguments)
         return time.monotonic() - began
 
     def busy(self) -> bool:
@@ -855,10 +930,19 @@ class BackgroundSaver:
         """(file, reason) of every save that failed so far."""
         return list(self._failures)
 
-    def _write(self, path: Path, state: dict, info: dict | None, on_done) -> None:
+    def _write(self, path: Path, state: dict, info: dict | None, on_done, on_full) -> None:
         """Save and call `on_done`; any error ends here, since training is worth more."""
         try:
-            save(path, state, info)
+            try:
+                save(path, state, info)
+            except OSError as e:
+                deleted = on_full() if on_full and e.errno in DISK_FULL else []
+                if not deleted:
+                    raise
+                self.announce(
+                    f"WARNING: no room for {path}: deleted {', '.join(deleted)}, which it replaces"
+                )
+                save(path, state, info)
             self._ok = True
         except Exception as e:
             reason = (e.strerror if isinstance(e, OSError) else None) or f"{type(e).__name__}: {e}"
@@ -887,7 +971,7 @@ class BackgroundSaver:
                 import torch
 
                 torch.cuda.cudart().cudaHostUnregister(arena.data_ptr())
-        self._arenas = []
+        self._arenas, self._spare = [], None
 
 
 def _move_all(moves: list[tuple[int, int, int]]) -> None:
@@ -899,10 +983,13 @@ def _move_all(moves: list[tuple[int, int, int]]) -> None:
             ctypes.memmove(*move)  # lets other threads run
 
     helpers = [threading.Thread(target=work) for _ in range(min(4, os.cpu_count() or 1) - 1)]
-    for helper in helpers:
-        helper.start()
+    started = []
+    with contextlib.suppress(RuntimeError):  # the system gives this user no more threads
+        for helper in helpers:
+            helper.start()
+            started.append(helper)
     work()
-    for helper in helpers:
+    for helper in started:
         helper.join()
 
 

@@ -32,9 +32,10 @@ def chunked_cross_entropy(x_NC, w_VC, y_N) -> torch.Tensor:
 
 
 def next_token_losses(x_NC, w_VC, y_N) -> torch.Tensor:
-    """Cross-entropy of each token, (N,) float32; for evaluation, without gradients."""
+    """Cross-entropy of each token, (N,) float32; for evaluation, without gradients. Who calls it
+    often passes `padded(w)`."""
     x_NC = _in_product_dtype(x_NC)
-    w, rows = _padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
+    w, rows = padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
     losses = []
     for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
         logits = x @ w.T
@@ -52,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NC, w_VC, y_N):
-        w, rows = _padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
+        w, rows = padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
         grad_w, grad_x = None, []
         loss = torch.zeros((), dtype=torch.float32, device=w.device)
         for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
@@ -99,9 +100,11 @@ def _in_product_dtype(x):
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def _padded(w_VC, dtype):
+def padded(w_VC, dtype):
     """The output matrix in the product's precision, with rows of zeros up to PADDED_VOCAB.
 
-    Padding lives here alone: the model and its checkpoints have exactly GPT-2's rows.
+    Padding lives here alone: the model and its checkpoints have exactly GPT-2's rows. A matrix that
+    is padded already comes back as it is.
     """
-    return F.pad(w_VC.to(dtype), (0, 0, 0, PADDED_VOCAB - VOCAB_SIZE))
+    missing = PADDED_VOCAB - len(w_VC)
+    return F.pad(w_VC.to(dtype), (0, 0, 0, missing)) if missing else w_VC.to(dtype)

@@ -42,6 +42,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint_files import flush_folder
 from tokenizer import EOT, VOCAB_SIZE, fingerprint, get_tokenizer
 
 # --- Shard files ----------------------------------------------------------------------------------
@@ -100,16 +101,7 @@ def write_durably(path: str | Path, *parts) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    flush_folder(path.parent)
 
 
 @dataclass(frozen=True)
@@ -803,7 +795,7 @@ def sample_corpus(folder: str | Path, roots: list[Path] | None = None) -> None:
             }
             write_manifest(building, manifest)
             building.rename(folder)
-            sync_folder(folder.parent)
+            flush_folder(folder.parent)
     except OSError as error:
         if not (folder / MANIFEST).exists():  # else another process was faster
             raise ValueError(

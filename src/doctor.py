@@ -20,7 +20,6 @@ import re
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 
 import checkpoint_files
 import data_shards
+import energy
 import machine
 import run_summary
 import tokenizer
@@ -71,6 +71,8 @@ def examine(given: dict) -> int:
         # What planning has to say beside errors, the lines below say too.
         with contextlib.redirect_stdout(io.StringIO()):
             dist = ti.Distributed(given.get("device"), ti.Config.hang_timeout)
+            if dist.device.type == "cpu":
+                machine.keep_freed_memory()
             run, _ = ti.set_up(given | {"dry_run": True}, dist)
         cfg, device = run.cfg, dist.device
     except ValueError as error:
@@ -300,7 +302,7 @@ def check_disk(report: Report, cfg, run) -> None:
         )
     needs = {
         "checkpoint_dir": max(files - len(there), 1) * size,
-        "tensorboard_dir": _log_bytes(run),
+        "tensorboard_dir": run_summary.log_bytes(run),
     }
     by_disk = {}
     for name, need in needs.items():
@@ -338,16 +340,6 @@ def _write_seconds(folder: Path, size: int) -> float:
         return time.monotonic() - start
     finally:
         path.unlink(missing_ok=True)
-
-
-def _log_bytes(run) -> int:
-    """Estimate for the run's log folder, from what was measured (TENSORBOARD_GUIDE.md, Disk)."""
-    cfg, tensors = run.cfg, len(list(run.model.parameters()))
-    size = 600 * cfg.max_steps * cfg.log_jsonl
-    if cfg.use_tensorboard:
-        dumps = 1 + cfg.max_steps // cfg.histogram_freq if cfg.histogram_freq else 0
-        size += 420 * cfg.max_steps + 2 * tensors * 1_200 * dumps
-    return size + 10_000
 
 
 def _size(n: float) -> str:
@@ -447,7 +439,7 @@ def reference_run(ti, run):
         model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
     sequences = cfg.total_batch_size // cfg.seq_len if run.dist.device.type != "cpu" else 1
     cfg.micro_batch_size = machine.choose_micro_batch(
-        model, sequences, run.dist.device, run.dtype, 1
+        model, sequences, run.dist.device, run.dtype, 1, run.autocast
     )
     return dataclasses.replace(run, cfg=cfg, model=model)
 
@@ -481,9 +473,13 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
 
         for work in (micro_batch, update):  # memory is allocated, kernels are chosen
             work()
-        passes = cfg.total_batch_size // (cfg.seq_len * cfg.micro_batch_size)
-        seconds = passes * _seconds(micro_batch, device) + _seconds(update, device)
-        watts = _watts_during(micro_batch, device)
+        meter, start = energy.EnergyMeter(device, every=0.25), time.monotonic()
+        seconds = _seconds(micro_batch, device)
+        joules, elapsed = meter.take(), time.monotonic() - start
+        meter.close()
+        seconds *= cfg.total_batch_size // (cfg.seq_len * len(ids))
+        seconds += _seconds(update, device)
+        watts = joules / elapsed if joules else None
     except RuntimeError as error:  # most of all: out of memory
         reason = str(error).splitlines()[0][:200]
         report.add("PROBLEM", name, f"a training step failed: {reason}", "--micro_batch_size 1")
@@ -494,7 +490,7 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
     text = (
         f"{cfg.model} ({cfg.n_layer} layers, width {cfg.n_embd}, context {cfg.seq_len}): "
         f"{rate:,.0f} tokens/s in {cfg.dtype}, measured with "
-        f"{cfg.micro_batch_size} sequence(s) a pass"
+        f"{len(ids)} sequence(s) a pass"
     )
     report.add("ok", name, text)
     return rate, watts
@@ -512,21 +508,6 @@ def _seconds(work, device: torch.device) -> float:
     return statistics.median(times)
 
 
-def _watts_during(work, device: torch.device) -> float | None:
-    """What an NVIDIA GPU says that it draws (over the last second) while it works."""
-    if device.type != "cuda" or not shutil.which("nvidia-smi"):
-        return None
-    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = ["nvidia-smi", gpu, "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
-    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as answer:
-        while answer.poll() is None:
-            work()
-            machine.wait_for(device)
-        with contextlib.suppress(ValueError):  # "[N/A]"
-            return float(answer.stdout.read())
-    return None
-
-
 def duration(steps: int, batch: int, rate: float, watts: float | None, device: torch.device) -> str:
     """Time and cost of `steps` of `batch` tokens at `rate` tokens per second."""
     hours = steps * batch / rate / 3600
@@ -539,7 +520,7 @@ def duration(steps: int, batch: int, rate: float, watts: float | None, device: t
         if (gpus := torch.cuda.device_count()) > 1:
             text += f"; on {gpus} GPUs at best {hours_and_days(hours / gpus)}"
     if watts is not None:
-        text += f"; {watts * hours / 1000:,.1f} kWh for the GPU at the measured {watts:,.0f} W"
+        text += f", {watts * hours / 1000:,.1f} kWh at the measured {watts:,.0f} W"
     return text
 
 

@@ -3,6 +3,7 @@
     python src/hellaswag.py --download                     fetch the 10,042 validation items (12 MB)
     python src/hellaswag.py                                score the newest checkpoint
     python src/hellaswag.py --checkpoint checkpoints/RUN/step_00005000.pt --out results.jsonl
+    python src/hellaswag.py --checkpoint exported/RUN         a Hugging Face folder; or gpt2
 
 Zellers et al. 2019, https://github.com/rowanz/hellaswag. An item is a context and four endings, one
 of them true. There are two conventions, with different numbers for the same model:
@@ -40,7 +41,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_improved.py, 
 import numpy as np
 import torch
 
-from chunked_loss import next_token_losses
+from chunked_loss import next_token_losses, padded
 from tokenizer import get_tokenizer
 
 DEFAULT_FILE = "data/hellaswag/hellaswag_val.jsonl"
@@ -219,8 +220,8 @@ def score(
         return []
     weight = model.lm_head.weight
     device = weight.device
-    if batch_tokens is None:  # logits that malloc can reuse (below 32 MB), against a busy GPU
-        batch_tokens = 256 if device.type == "cpu" else 16_384
+    if batch_tokens is None:  # what keeps the device busy
+        batch_tokens = 1024 if device.type == "cpu" else 16_384
     multiple = 1 if device.type == "cpu" else 32  # few different shapes: GPU memory is reused
 
     fitted = [_fit(item, model.seq_len) for item in items]
@@ -228,8 +229,10 @@ def score(
     order = sorted(range(len(items)), key=lambda i: -lengths[i])  # alike together: little padding
     losses, start = [], 0
     with autocast():
-        if torch.is_autocast_enabled(device.type):  # once, and not in each pass
-            weight = weight.to(torch.get_autocast_dtype(device.type))
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        weight = padded(weight, dtype)  # once, and not in each pass
         while start < len(order):
             T = math.ceil(lengths[order[start]] / multiple) * multiple
             batch = order[start : start + max(1, batch_tokens // T)]
@@ -386,23 +389,16 @@ def _fetch(url: str, part: Path, say: Callable[[str], object]) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-def load_model(path, device: torch.device):
-    """The GPT in a checkpoint of train_improved.py, for evaluation."""
-    import checkpoint_files
+def load_model(source: str, device: torch.device):
+    """(the GPT that `source` means, see pretrained.py, notes about it), for evaluation."""
+    import pretrained
     import train_improved
 
-    checkpoint = checkpoint_files.load(path)
-    try:
-        config = checkpoint["config"]
-        shape = [config[name] for name in ("n_layer", "n_head", "n_embd", "seq_len")]
-        with torch.device("meta"):  # no time for initial weights
-            model = train_improved.GPT(*shape)
-        model.load_state_dict(checkpoint["model"], assign=True)
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise ValueError(
-            f"{path} is not a checkpoint of train_improved.py: {str(e).splitlines()[0]}"
-        ) from None
-    return model.to(device).eval(), checkpoint.get("step")
+    shape, weights, notes = pretrained.read_pretrained(source)
+    with torch.device("meta"):  # no time for initial weights
+        model = train_improved.GPT(**shape)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval(), notes
 
 
 # What is measured: convention, Result's attribute, name, and OpenAI's 124M models on all the items.
@@ -420,6 +416,10 @@ def _choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch built without CUDA
         reason = str(e).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}; try cpu") from None
+    if name == "cpu":
+        import machine
+
+        machine.keep_freed_memory()
     return torch.device(name)
 
 
@@ -470,14 +470,8 @@ def evaluate(args: argparse.Namespace) -> None:
     items = {name: load_items(args.file, name)[: args.limit] for name in wanted}
     if args.out:
         checkpoint_files.check_writable(Path(args.out).parent)
-    path = args.checkpoint or "latest"
-    if path == "latest":
-        path, skipped = checkpoint_files.find_latest_anywhere("checkpoints")
-        for damaged, reason in skipped:
-            print(f"skipped {damaged}: {reason}")
-        if path is None:
-            raise ValueError("no checkpoint under checkpoints/ yet: train, or give --checkpoint")
-    model, step = load_model(path, device)
+    source = args.checkpoint or "latest"
+    model, notes = load_model(source, device)
     dtype = getattr(torch, args.dtype)
 
     def autocast():
@@ -492,12 +486,13 @@ def evaluate(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - start
     scored = results[wanted[0]]
     if not all(math.isfinite(loss) for rs in results.values() for r in rs for loss in r.losses):
-        raise ValueError(f"{path}: the model's losses are not finite numbers, there is no score")
+        raise ValueError(f"{source}: the model's losses are not finite numbers, there is no score")
     if args.out:
         _write_results(args.out, results)
 
     n = len(scored)
-    print(f"{path}, step {step}, {args.dtype} on {device}: {n:,} items in {seconds:.1f} s")
+    print("\n".join(notes))
+    print(f"{n:,} items in {seconds:.1f} s, {args.dtype} on {device}")
     print(f"{'':20}{'accuracy':>10}{'±':>8}   GPT-2 124M  GPT-3 124M  chance")
     for convention, attribute, name, reference in MEASURES:
         if convention in results:
@@ -519,7 +514,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     # fmt: off
     parser = argparse.ArgumentParser(description="Score a checkpoint on HellaSwag.")
-    parser.add_argument("--checkpoint", metavar="PATH", help="a checkpoint of train_improved.py, or 'latest' [latest in checkpoints/]")  # noqa: E501
+    parser.add_argument("--checkpoint", metavar="SOURCE", help="a checkpoint, a run's folder, a Hugging Face folder, a hub id (gpt2), or latest [latest in checkpoints/]")  # noqa: E501
     parser.add_argument("--file", default=DEFAULT_FILE, help=f"validation items as JSON lines [{DEFAULT_FILE}]")  # noqa: E501
     parser.add_argument("--download", action="store_true", help="fetch the items to --file first; without --checkpoint, only that")  # noqa: E501
     parser.add_argument("--url", default=URL, help="where --download finds them [the authors' repository]")  # noqa: E501

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import checkpoint_files
 import machine
 
 
@@ -36,17 +38,18 @@ def plan(run) -> str:
     rows = {
         "run": cfg.run_name,
         "model": f"{cfg.model}: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, "
-        f"context {cfg.seq_len}; {run.model.num_params():,} parameters",
+        f"context {cfg.seq_len}; {run.model.num_params():,} parameters"
+        + (f", first weights from {cfg.init_from}" if cfg.init_from else ""),
         "data": f"{cfg.data_dir}: {data.num_tokens:,} training tokens; validation on the first "
         f"{val_windows * cfg.seq_len:,} of {run.val_data.num_tokens:,}",
         "batch": f"{cfg.total_batch_size:,} tokens a step = {dist.world_size} process(es) x "
         f"{accumulation} micro-batch(es) x {cfg.micro_batch_size} sequences x {cfg.seq_len} tokens",
         "length": f"{cfg.max_steps:,} steps = {total_tokens:,} tokens = "
         f"{total_tokens / data.num_tokens:.2f} epochs ({epoch_steps:,} steps each)",
-        "schedule": f"warm-up {cfg.warmup_steps:,} steps to {cfg.max_lr:g}, then cosine to "
-        f"{cfg.min_lr:g}",
-        "optimizer": f"AdamW, betas {cfg.beta1} and {cfg.beta2}, weight decay {cfg.weight_decay} "
-        f"on matrices, gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
+        "schedule": f"warm-up {cfg.warmup_steps:,} steps to {cfg.max_lr:g}, then "
+        f"{decay(cfg)} to {cfg.min_lr:g}",
+        "optimizer": f"{optimizer(cfg)}, weight decay {cfg.weight_decay} on matrices, "
+        f"gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
         "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}; "
         f"about {memory / 1e9:.1f} GB of memory per process",
         "every": f"evaluation {cfg.eval_freq}, HellaSwag "
@@ -55,9 +58,47 @@ def plan(run) -> str:
         f"{cfg.checkpoint_freq or 'at the end only'} (steps)",
         "output": f"{Path(cfg.checkpoint_dir, cfg.run_name)} (up to {files} files of "
         f"{file_bytes / 1e6:,.0f} MB = {files * file_bytes / 1e9:.1f} GB), "
-        f"{Path(cfg.tensorboard_dir, cfg.run_name)}",
+        f"{Path(cfg.tensorboard_dir, cfg.run_name)}"
+        + (f" (about {log_bytes(run) / 1e6:,.1f} MB)" if cfg.use_tensorboard else ""),
     }
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def decay(cfg) -> str:
+    if cfg.schedule == "wsd":
+        return f"stable, in the last {cfg.decay_share * cfg.max_steps:,.0f} steps a straight line"
+    return {"cosine": "cosine", "linear": "a straight line"}[cfg.schedule]
+
+
+def optimizer(cfg) -> str:
+    adamw = f"AdamW, betas {cfg.beta1} and {cfg.beta2}"
+    if cfg.optimizer == "adamw":
+        return adamw
+    return f"Muon, momentum {cfg.momentum}, for the matrices of the blocks; for the rest {adamw}"
+
+
+def recipes(plans: dict) -> str:
+    """Plans side by side: {name: (config, hours)}, as a table."""
+    columns = {
+        name: [
+            {"adamw": "AdamW", "muon": "Muon"}[cfg.optimizer],
+            f"{cfg.schedule} to {cfg.min_lr:g}",
+            f"{cfg.max_lr:g}",
+            f"{cfg.max_steps:,}",
+            f"{cfg.max_steps * cfg.total_batch_size:,}",
+            f"{hours:,.1f}" if hours < 1000 else f"{hours / 24:,.0f} days",
+        ]
+        for name, (cfg, hours) in plans.items()
+    }
+    titles = ["optimizer", "schedule", "max_lr", "steps", "tokens", "hours"]
+    lines = [f"{'--recipe':>10}  " + "".join(f"{name:>18}" for name in columns)]
+    for i, title in enumerate(titles):
+        lines.append(f"{title:>10}  " + "".join(f"{column[i]:>18}" for column in columns.values()))
+    lines.append(
+        "hours at the speed of a few passes measured now, not compiled; that fast reaches the loss "
+        "of reference is a prediction (LAB_NOTES.md)"
+    )
+    return "\n".join(lines)
 
 
 def every_flag(cfg, given: dict) -> str:
@@ -81,14 +122,83 @@ def checkpoints_kept(cfg) -> int:
     return files
 
 
+def log_bytes(run, from_step: int = 0) -> int:
+    """Estimate of what the log folder grows by until the end, from sizes in LAB_NOTES.md."""
+    cfg = run.cfg
+    steps = cfg.max_steps - from_step
+    lines = 550 * steps if cfg.log_jsonl else 0
+    if not cfg.use_tensorboard:
+        return lines
+    tensors = 2 * len(list(run.model.parameters()))
+    sizes = {"eval_freq": 110, "hellaswag_freq": 40, "sample_freq": 20 + 6 * cfg.sample_tokens}
+    sizes["sample_freq"] *= cfg.num_samples
+    sizes["histogram_freq"] = 1150 * tensors
+    dumps = {name: steps // freq + 1 if (freq := getattr(cfg, name)) else 0 for name in sizes}
+    return lines + 3000 + 400 * steps + sum(dumps[name] * sizes[name] for name in sizes)
+
+
+def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
+    """What the output folders lack for the rest of the run from `step` on, as sentences."""
+    size, files = checkpoint_bytes(run.model), checkpoints_kept(run.cfg)
+    there = sum(c.bytes for c in checkpoint_files.list_checkpoints(folder))
+    need, logs = max(2 * size, files * size - there), log_bytes(run, step)
+    free, log_free = (checkpoint_files.free_bytes(f) for f in (folder, log_folder))
+    what = f"the run needs up to {need / 1e9:.2f} GB more ({files} files in all)"
+    same_disk = os.stat(folder).st_dev == os.stat(log_folder).st_dev
+    if same_disk:
+        need += logs
+        what += f" and {logs / 1e9:.2f} GB for logs" if logs else ""
+    found = []
+    if free < need:
+        found.append(
+            f"{folder} has {free / 1e9:.2f} GB free and a checkpoint takes {size / 1e9:.2f} GB "
+            f"(two while one is replaced); {what}: saving fails when the disk is full, make room"
+        )
+    if not same_disk and log_free < logs:
+        found.append(
+            f"{log_folder} has {log_free / 1e6:.1f} MB free, the run's logs need about "
+            f"{logs / 1e6:.1f} MB: logging stops when the disk is full, make room"
+        )
+    return found
+
+
+def memory_warning(run) -> str | None:
+    """Said where the estimate for the micro-batch, with the copy for checkpoints, does not fit."""
+    cfg, device = run.cfg, run.dist.device
+    need, copy = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size), 0
+    if device.type == "cuda":
+        available, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
+    else:
+        available, where = checkpoint_files.available_bytes(), "memory"
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        copy = checkpoint_bytes(run.model)
+    if available is None or need + copy <= available:
+        return None
+    return (
+        f"--micro_batch_size {cfg.micro_batch_size} needs about {need / 1e9:.1f} GB of {where}"
+        + (f" and the copy for checkpoints {copy / 1e9:.1f} GB" if copy else "")
+        + f", {available / 1e9:.1f} GB are free: use a smaller one, or a smaller model"
+    )
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.get_num_threads()} thread(s)" if device.type == "cpu" else "Apple GPU"
 
 
-def store_config(run, folder: Path) -> None:
-    """FOLDER/config.json: everything that was decided, and by which versions of what."""
+def speed_depends_on(run) -> str:
+    """Step times of two runs can be compared where this is the same."""
+    cfg, dist = run.cfg, run.dist
+    return (
+        f"{platform.node()}: {dist.world_size} x {device_name(dist.device)}, {run.dtype}, "
+        f"{cfg.total_batch_size} tokens in micro-batches of {cfg.micro_batch_size}"
+    )
+
+
+def store_config(run, folder: Path) -> str | None:
+    """FOLDER/config.json: everything that was decided, and by which versions of what. On a full
+    disk that is no error but the sentence that is returned."""
     git = None
     if shutil.which("git"):
         here = str(Path(__file__).parent)
@@ -96,12 +206,14 @@ def store_config(run, folder: Path) -> None:
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     record = {
         "config": dataclasses.asdict(run.cfg),
+        "asked": sorted(run.asked),  # flags given now or when the run began
         "command": sys.argv,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_revision": git,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "packages": {d.name: d.version for d in metadata.distributions()},
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "device": device_name(run.dist.device),
@@ -111,8 +223,15 @@ def store_config(run, folder: Path) -> None:
         "data_fingerprint": run.train_data.fingerprint,
     }
     partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    try:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.replace(folder / "config.json")
+    except OSError as error:
+        if error.errno not in checkpoint_files.DISK_FULL:
+            raise
+        partial.unlink(missing_ok=True)
+        return f"{folder / 'config.json'} could not be written: {error.strerror}"
+    return None
 
 
 def farewell(run) -> str:
@@ -120,6 +239,7 @@ def farewell(run) -> str:
     cfg, state = run.cfg, run.state
     finished = state.step >= cfg.max_steps
     loss = f"; validation loss {state.validation_loss:.4f}" if state.evaluated_step >= 0 else ""
+    energy = f", {state.watt_seconds / 3.6e6:.3g} kWh" if state.watt_seconds else ""
     command = "python"
     if run.dist.world_size > 1:
         command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
@@ -133,7 +253,7 @@ def farewell(run) -> str:
         command += f" --max_steps {2 * cfg.max_steps}"
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
-        f"after {format_seconds(state.train_seconds)} of training{loss}",
+        f"after {format_seconds(state.train_seconds)} of training{energy}{loss}",
         f"checkpoints   {Path(cfg.checkpoint_dir, cfg.run_name)}",
     ]
     if cfg.use_tensorboard:

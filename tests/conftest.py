@@ -1,8 +1,10 @@
 """What the tests of the training program share: a small corpus, a small model, real processes."""
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,14 @@ SMALL = (
     "--n_layer 2 --n_head 2 --n_embd 16 --seq_len 32 --total_batch_size 256 --dtype float32 "
     "--device cpu --max_lr 1e-2 --val_tokens 512 --sample_tokens 4 --num_samples 1"
 ).split()
+CACHE = tempfile.mkdtemp()  # nothing that another run remembers, nothing left in the user's
 
 
 def environment() -> dict:
     """One thread each: the machine has few cores and runs several processes at a time."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
     env = {k: v for k, v in os.environ.items() if k not in drop}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": CACHE}
 
 
 def start(*flags, cwd, data=None, script=SCRIPT, nproc=None, small=True):
@@ -69,3 +72,30 @@ def write_data(folder: Path, train=20_000, val=2_000, seed=0) -> Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "walk")
+
+
+class DyingOs:
+    """Stands for the module `os`: passes every call on and kills the process before the n-th.
+
+    Everything the module does to the file system goes through `os`. A write that is to die first
+    does half of its work, as a crash may.
+    """
+
+    def __init__(self, n: int):
+        self.n, self.count, self.calls = n, 0, []
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if not callable(real) or name in ("getpid", "fspath"):
+            return real
+
+        def call(*args, **kwargs):
+            self.count += 1
+            self.calls.append((name, args))
+            if self.count == self.n:
+                if name == "write":
+                    os.write(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call

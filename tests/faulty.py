@@ -4,7 +4,8 @@
 
 KIND: `loss`, `gradient` or `weights` turned into NaN, or `spike`, a loss a thousand times too
 large, in the steps FIRST to LAST; `crash` or `hang` in an evaluation from step FIRST on; `exit` of
-rank 1 in step FIRST.
+rank 1 in step FIRST; `memory` that from step FIRST on suffices for LAST sequences at a time;
+`save`: death at file-system call LAST of save FIRST.
 """
 
 import os
@@ -13,15 +14,26 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+import supervisor
+
+supervisor.begin()
 
 import torch
 
+import checkpoint_files
 import train_improved as ti
+from conftest import DyingOs
 
 kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv = [str(Path(ti.__file__)), *sys.argv[4:]]
-forward_backward, validation_loss = ti.forward_backward, ti.validation_loss
+forward_backward, validation_loss, forward = ti.forward_backward, ti.validation_loss, ti.GPT.forward
 calls = 0
+
+
+def faulty_forward(model, idx_BT, targets_BT):
+    if kind == "memory" and calls >= first and len(idx_BT) > last:
+        raise torch.OutOfMemoryError("CUDA out of memory (a fault put in by a test)")
+    return forward(model, idx_BT, targets_BT)
 
 
 def faulty_forward_backward(run, train_model, batch):
@@ -53,5 +65,18 @@ def faulty_validation_loss(run):
     return validation_loss(run)
 
 
+def faulty_save(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == first:
+        checkpoint_files.os = DyingOs(last)
+    return save(*args, **kwargs)
+
+
+save = checkpoint_files.save
+if kind == "save":
+    checkpoint_files.save = faulty_save
+    sys.exit(ti.main())
 ti.forward_backward, ti.validation_loss = faulty_forward_backward, faulty_validation_loss
+ti.GPT.forward = faulty_forward
 sys.exit(ti.main())

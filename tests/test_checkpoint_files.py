@@ -29,6 +29,7 @@ import pytest
 import torch
 
 import checkpoint_files as cf
+from conftest import DyingOs
 
 SRC = Path(__file__).parents[1] / "src"
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -159,33 +160,6 @@ def test_what_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path, value, w
 # --- Dying ----------------------------------------------------------------------------------------
 
 
-class DyingOs:
-    """Stands for the module `os`: passes every call on and kills the process before the n-th.
-
-    Everything the module does to the file system goes through `os`. A write that is to die first
-    does half of its work, as a crash may.
-    """
-
-    def __init__(self, n: int):
-        self.n, self.count, self.calls = n, 0, []
-
-    def __getattr__(self, name):
-        real = getattr(os, name)
-        if not callable(real) or name in ("getpid", "fspath"):
-            return real
-
-        def call(*args, **kwargs):
-            self.count += 1
-            self.calls.append((name, args))
-            if self.count == self.n:
-                if name == "write":
-                    os.write(args[0], args[1][: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        return call
-
-
 @pytest.mark.parametrize("target", ["a new step", "the same step again"])
 def test_dying_at_every_file_system_call_leaves_a_valid_latest(tmp_path, target):
     """A save and the retention after it, killed at the first call, the second, ... the last."""
@@ -295,6 +269,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, limit):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def fill(disk: Path) -> None:
+    """Take all the space that is left."""
+    with open(disk / "ballast", "ab", buffering=0) as file, pytest.raises(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
 def test_full_disk_does_not_stop_training_and_the_next_save_succeeds(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -316,9 +297,31 @@ def test_full_disk_does_not_stop_training_and_the_next_save_succeeds(tmp_path):
 
         cf.step_path(disk, 1).unlink()
         saver.save(cf.step_path(disk, 4), state_of(4))
-        assert saver.close() and len(saver.failures()) == 1
+        assert saver.wait() and len(saver.failures()) == 1
         assert_is_step(cf.load(cf.find_latest(disk)[0]), 4)
         assert 0 < cf.free_bytes(disk) < 400 * 1024
+
+        def make_room():
+            return cf.make_room(disk, keep_last=2)
+
+        saver.save(cf.step_path(disk, 5), state_of(5), on_full=make_room)
+        assert saver.wait()
+        assert "no room" in said[-1] and "deleted step_00000002.pt, which it replaces" in said[-1]
+        fill(disk)
+        assert "No space left" in cf.check_writable(disk)
+        saver.save(cf.step_path(disk, 6), state_of(6), on_full=make_room)
+        assert saver.wait() and steps(disk) == [5, 6]
+        fill(disk)
+        saver.save(cf.step_path(disk, 7), state_of(7), on_full=lambda: [])
+        assert not saver.close() and steps(disk) == [5, 6]
+        lock = cf.RunLock().acquire(disk)  # what its file says does not fit: it holds all the same
+
+        def another():
+            with pytest.raises(ValueError, match="is in use by"):
+                cf.RunLock().acquire(disk)
+
+        run_in_child(another)
+        lock.release()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -541,7 +544,7 @@ def steps(folder) -> list[int]:
         (2, 0, 20, [20, 70, 80]),
         (1, 40, None, [40, 80]),
         (1, 30, 10, [10, 30, 60, 80]),
-        (1, 0, 999, [80]),
+        (1, 0, None, [80]),
         (20, 0, None, [10, 20, 30, 40, 50, 60, 70, 80]),
         (0, 0, None, [10, 20, 30, 40, 50, 60, 70, 80]),
     ],
@@ -550,9 +553,23 @@ def test_retention_keeps_the_last_the_best_and_every_so_many(
     tmp_path, keep_last, keep_every, best, left
 ):
     for step in range(10, 90, 10):
-        save_step(tmp_path, step)
-    assert cf.retain(tmp_path, keep_last, keep_every, best) == []
+        losses = {10: float("nan"), 30: None, best: 2.5}  # the others were evaluated, and worse
+        save_step(tmp_path, step, **({"val_loss": losses.get(step, 3.0)} if best else {}))
+    assert cf.retain(tmp_path, keep_last, keep_every) == []
     assert steps(tmp_path) == left
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "deleted", "left"),
+    [(3, [10], [5, 20, 30]), (2, [10, 20], [5, 30]), (1, [], [5, 10, 20, 30]), (9, [], None)],
+)
+def test_room_is_made_only_by_what_the_next_checkpoint_replaces(tmp_path, keep_last, deleted, left):
+    """The best one stays (5), and one that is whole."""
+    for step in (5, 10, 20, 30):
+        save_step(tmp_path, step, val_loss=3.0 + step)
+    names = [cf.step_path("", step).name for step in deleted]
+    assert cf.make_room(tmp_path, keep_last) == names
+    assert steps(tmp_path) == (left or [5, 10, 20, 30])
 
 
 def test_retention_touches_nothing_that_is_not_ours(tmp_path):
@@ -689,6 +706,45 @@ def test_memory_for_the_copy_is_allocated_once_and_bounded(tmp_path):
     assert cf.load(cf.step_path(tmp_path, 4))["model"]["wte.weight"].numel() == 50_000
     saver.close()
     assert not saver._buffers and not saver._arenas
+
+
+def test_the_copys_memory_is_reserved_before_the_state_is_complete(tmp_path):
+    """Before step 0 an optimizer has no moments yet: one reservation, announced once."""
+    said, whole = [], state_of(1)
+    saver = cf.BackgroundSaver(announce=said.append)
+    saver.allocate({"model": whole["model"]}, at_least=800_000)
+    assert len(said) == 1 and "1.85 MB" in said[0]  # with a little for small things
+    whole["optimizer"]["state"][1] = {"exp_avg": torch.full((50_000,), 7.0)}
+    for _ in range(2):
+        saver.save(cf.step_path(tmp_path, 1), whole)
+        assert saver.wait() and len(said) == 1 and len(saver._arenas) == 1
+        loaded = cf.load(cf.step_path(tmp_path, 1))
+        assert_is_step(loaded, 1)
+        assert torch.equal(loaded["optimizer"]["state"][1]["exp_avg"], torch.full((50_000,), 7.0))
+    whole["optimizer"]["state"][2] = {"exp_avg": torch.full((500_000,), 8.0)}  # more than planned
+    saver.save(cf.step_path(tmp_path, 2), whole)
+    assert saver.wait() and len(said) == 2 and len(saver._arenas) == 2
+    loaded = cf.load(cf.step_path(tmp_path, 2))["optimizer"]["state"]
+    assert loaded[1]["exp_avg"].eq(7).all() and loaded[2]["exp_avg"].eq(8).all()
+    saver.close()
+
+
+def test_without_threads_saving_is_synchronous(tmp_path):
+    """A limit (ulimit -v, cgroup) that leaves no room for a thread's stack."""
+
+    def work():
+        saver = cf.BackgroundSaver(announce=lambda text: None, headroom=0)
+        saver.allocate(state_of(1))
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (4 << 20), resource.RLIM_INFINITY))
+        with pytest.raises(RuntimeError, match="thread"):
+            while True:  # until the stacks of earlier threads are used up
+                threading.Thread(target=threading.Event().wait, daemon=True).start()
+        saver.save(cf.step_path(tmp_path, 1), state_of(1))
+        assert not saver.busy() and cf.step_path(tmp_path, 1).exists() and saver.close()
+
+    run_in_child(work)
+    assert_is_step(cf.load(cf.step_path(tmp_path, 1)), 1)
 
 
 def test_a_save_still_running_is_waited_for_and_said(tmp_path):
@@ -899,6 +955,22 @@ def test_stale_or_senseless_lock_files_do_not_block(tmp_path):
     with pytest.raises(ValueError, match="cannot lock"):
         cf.RunLock().acquire(tmp_path)
     assert (tmp_path / "precious").read_text() == "content"
+
+
+def test_a_restarted_launcher_finds_its_run(tmp_path, monkeypatch):
+    """torchrun --max-restarts: the same launcher, whatever the flags of the command say."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    cf.RunLock().acquire(tmp_path / "alone").release()
+    assert cf.launcher() is None and cf.run_of_launcher(tmp_path) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun without --standalone says
+    assert cf.run_of_launcher(tmp_path) is None
+    cf.RunLock().acquire(tmp_path / "mine").release()
+    for name, content in (("a", b"[1]"), ("b", b"\xff"), ("c", b'{"job": null}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".lock").write_bytes(content)
+    assert cf.run_of_launcher(tmp_path) == "mine"
+    run_in_child(lambda: None if cf.run_of_launcher(tmp_path) is None else 1 / 0)  # another parent
+    assert cf.run_of_launcher(tmp_path / "absent") is None
 
 
 # --- Folders --------------------------------------------------------------------------------------

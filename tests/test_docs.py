@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md")
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("src/train_improved", "src/prepare_data", "src/hellaswag", "src/data_shards")
-COMMANDS += ("src/checkpoint_files",)
+COMMANDS += ("src/checkpoint_files", "src/report", "src/sample", "src/export")
 
 # Flags of other programs that the documents use: a new one is looked up first, then added here.
 FOREIGN = {
@@ -49,6 +49,7 @@ FOREIGN = {
     "wandb": set(),
     "top": set(),
     ".": set(),
+    "echo": set(),
     "for": set(),
 }
 SBATCH = {"--job-name", "--gres", "--cpus-per-task", "--time", "--dependency", "--signal"}
@@ -230,6 +231,12 @@ def test_guide_and_code_have_the_same_tags():
     for code in inline_code(DOCS["TENSORBOARD_GUIDE.md"]):
         in_guide |= set(re.findall(r"^[A-Z]\w*/[a-z]\w*$", code))
     assert in_guide == in_code
+
+
+def test_guide_and_code_have_the_same_groups_of_tags():
+    in_code = set(re.findall(r'f"([A-Z]\w*)/\{', inspect.getsource(ti.Monitor)))
+    in_guide = set(re.findall(r"`([A-Z]\w*)/\*`", DOCS["TENSORBOARD_GUIDE.md"]))
+    assert in_guide == in_code and {"Update_Ratio", "Loss_by_Position"} < in_code
 
 
 def test_guide_and_code_have_the_same_histograms():

@@ -248,3 +248,24 @@ def test_bad_data_in_mid_run_stops_with_the_work_saved(tmp_path):
     assert process.returncode == 2, err
     assert "65535" in out + err and shard.name in out + err
     assert len(list((tmp_path / "checkpoints" / "a").glob("step_*.pt"))) == 1
+
+
+@pytest.mark.parametrize("nproc, micro, fits", [(None, 8, 2), (2, 2, 1)])
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
+    tmp_path, data, nproc, micro, fits
+):
+    flags = [*FLAGS, "--micro_batch_size", micro]
+    for folder in ("whole", "short"):
+        (tmp_path / folder).mkdir()
+    out, _ = faulty("memory", 6, fits, *flags, cwd=tmp_path / "short", data=data, nproc=nproc)
+    while micro > fits:
+        assert f"out of memory with --micro_batch_size {micro}; {micro // 2} from now on" in out
+        micro //= 2
+    run(*flags, cwd=tmp_path / "whole", data=data, nproc=nproc)
+    for tag in ("Loss/train", "Gradient/norm_unclipped", "Training/tokens"):
+        short, whole = (logged(tmp_path / f / "runs" / "a")[tag] for f in ("short", "whole"))
+        for (step, a), (step_, b) in zip(short, whole, strict=True):
+            assert step == step_ and a == pytest.approx(b, rel=1e-4), (tag, step)
+    assert torch.load(checkpoint(tmp_path / "short", 20), weights_only=True)["config"][
+        "micro_batch_size"
+    ] == (fits)

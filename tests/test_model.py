@@ -110,31 +110,6 @@ def test_chunked_loss_in_bf16_keeps_a_float32_sum():
     assert w.grad.dtype == torch.float32
 
 
-def test_cached_features_equal_uncached():
-    model = small_model()
-    ids = torch.randint(0, 50257, (3, 32))
-    with torch.no_grad():
-        whole = model.features(ids)
-        cache = ti.KVCache(model, 3, torch.float32)
-        parts = [model.features(ids[:, :20], cache=cache)]
-        parts += [model.features(ids[:, t : t + 1], cache=cache) for t in range(20, 32)]
-    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
-
-
-def test_generate_equals_sampling_without_a_cache():
-    model = small_model()
-    prompt, enough = [1, 2, 3], 20
-    got = ti.generate(model, prompt, 2, enough, torch.Generator().manual_seed(5), temperature=0.8)
-    generator, ids = torch.Generator().manual_seed(5), torch.tensor([prompt, prompt])
-    with torch.no_grad():
-        for _ in range(enough):
-            logits = model.logits(model.features(ids)[:, -1]) / 0.8
-            logits[logits < logits.topk(50).values[:, -1:]] = -math.inf
-            probs = torch.softmax(logits, dim=-1)
-            ids = torch.cat([ids, torch.multinomial(probs, 1, generator=generator)], dim=1)
-    assert got == ids[:, 3:].tolist()
-
-
 def test_learning_rate_is_the_formula():
     cfg = ti.Config(max_lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073)
     assert ti.learning_rate(1, cfg) == pytest.approx(6e-4 / 715)

@@ -531,6 +531,37 @@ def test_nothing_is_touched_where_nothing_is_stale(tmp_path):
     assert steps(read_scalars(tmp_path)["Loss/train"]) == list(range(1, 31))
 
 
+def test_an_evaluation_repeated_after_a_resume_is_there_once(tmp_path):
+    """A checkpoint saved within the evaluation of step 10, which was then completed, logged in
+    part or in whole, and lost in a crash: the resume evaluates step 10 again."""
+
+    def evaluation(log, step):
+        log.scalars({"Loss/validation": 3.0, "Evaluation/hellaswag_accuracy": 0.25}, step)
+        log.text("Generated_Samples/text", "sample", step)
+
+    def first(log):
+        log.hparams({"max_lr": 1.0}, METRICS)
+        for step in (9, 10):
+            log.scalars({"Loss/train": 1.0}, step)
+        log.scalars({"Loss/validation": 3.0}, 10)  # the text is not there yet
+        log.scalars({"Loss/train": 1.0}, 11)
+
+    killed_with_9(tmp_path, first)
+    for lr in (1.0, 2.0, 2.0):  # crashes again and again; the changed row rewrites the folder
+        log = TensorBoardLog(tmp_path, 11)
+        log.hparams({"max_lr": lr}, METRICS)
+        evaluation(log, 10)
+        log.scalars({"Loss/train": 1.0}, 11)
+        log.close()
+    evaluation(TensorBoardLog(tmp_path, 21), 20)
+    points = read_scalars(tmp_path)
+    assert steps(points["Loss/train"]) == [9, 10, 11]
+    for tag in ("Loss/validation", "Evaluation/hellaswag_accuracy"):
+        assert steps(points[tag]) == [10, 20], tag
+    loader = python_loader(tmp_path.parent)
+    assert tensor_steps(loader, tmp_path.name, "Generated_Samples/text/text_summary") == [10, 20]
+
+
 def test_many_crashes_leave_one_timeline_and_few_files(tmp_path):
     expected = {}
     first = 0

@@ -1,0 +1,114 @@
+"""Muon on the hidden matrices, fused AdamW on everything else, behind one optimizer's interface.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): instead of the momentum of a
+matrix' gradient the nearest matrix is added whose singular values are all about 1, so that every
+direction is learned at the same rate. The arithmetic is that of `torch.optim.Muon` with
+`adjust_lr_fn="match_rms_adamw"` (Liu et al. 2025, arXiv 2502.16982), under which AdamW's learning
+rate and weight decay keep their meaning. What that class does not have is here: skipping an update
+on the device (`found_inf`), parameters made of several matrices (query, key and value in one), and
+sharing the work among processes.
+"""
+
+import torch
+import torch.distributed
+
+# A step of the iteration is x <- a x + b (x x') x + c (x x')^2 x. These coefficients grow small
+# singular values fast and are not meant to converge: five steps end between 0.7 and 1.2.
+A, B, C = 3.4445, -4.7750, 2.0315
+STEPS = 5
+
+
+def orthogonalized(x, dtype: torch.dtype):
+    """Nearest semi-orthogonal matrices of x (..., m, n), roughly: singular values 0.7 to 1.2.
+
+    Newton-Schulz iteration in `dtype`, which is also the result's.
+    """
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x  # the products below are of the shorter side
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        x = torch.baddbmm(x, gram, x, beta=A)
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """The groups `muon` by Muon and those of `adamw` by it; one `lr` and `found_inf` for both.
+
+    muon: groups {"params": matrices (m, n), "parts": how many matrices lie in each one, one below
+    the other, "weight_decay", "momentum"}. dtype: of the orthogonalization.
+
+    With several processes, whose gradients are equal, each orthogonalizes a share of the matrices
+    and one all_gather brings the rest. What a checkpoint needs is the same on all of them.
+    """
+
+    found_inf: torch.Tensor | None = None  # (), on the device; not 0: leave everything as it is
+
+    def __init__(self, muon: list[dict], adamw: torch.optim.AdamW, dtype: torch.dtype):
+        self.adamw, self.dtype = adamw, dtype
+        super().__init__([{"lr": 0.0, **g} for g in muon] + adamw.param_groups, defaults={})
+        several = torch.distributed.is_initialized()
+        self.world_size = torch.distributed.get_world_size() if several else 1
+        self.rank = torch.distributed.get_rank() if several else 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update, without waiting for the device."""
+        assert closure is None
+        # AdamW works on these groups and this state, which are what is saved and loaded.
+        self.adamw.param_groups = [g for g in self.param_groups if "parts" not in g]
+        self.adamw.state, self.adamw.found_inf = self.state, self.found_inf
+        self.adamw.step()
+
+        keep = 1.0 if self.found_inf is None else (self.found_inf == 0).float()
+        matrices = [(p, g) for g in self.param_groups if "parts" in g for p in g["params"]]
+        for (p, group), update in zip(matrices, self._updates(matrices), strict=True):
+            rows, columns = p.size(0) // group["parts"], p.size(1)
+            p.mul_(1 - keep * (group["lr"] * group["weight_decay"]))
+            # Root mean square 0.2 of the rate, about that of AdamW's updates.
+            p.add_(update * keep, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+
+    def _updates(self, matrices):
+        """Yields the orthogonal update of each (parameter, its group), in its shape."""
+        if self.world_size == 1:
+            for p, group in matrices:
+                yield self._orthogonalized(self._direction(p, group), group["parts"])
+            return
+        # The costliest first, each to the process that has least: the same plan everywhere.
+        load, lengths, places = [0] * self.world_size, [0] * self.world_size, {}
+        cost = [p.numel() * min(p.size(0) // g["parts"], p.size(1)) for p, g in matrices]
+        for i in sorted(range(len(matrices)), key=lambda i: -cost[i]):
+            rank = load.index(min(load))
+            places[i] = rank, lengths[rank]
+            load[rank] += cost[i]
+            lengths[rank] += matrices[i][0].numel()
+        device = matrices[0][0].device
+        mine = torch.zeros(max(lengths), dtype=self.dtype, device=device)
+        for i, (p, group) in enumerate(matrices):
+            direction = self._direction(p, group)
+            rank, start = places[i]
+            if rank == self.rank:
+                update = self._orthogonalized(direction, group["parts"])
+                mine[start : start + p.numel()] = update.flatten()
+        everything = mine.new_empty(self.world_size * len(mine))
+        torch.distributed.all_gather_into_tensor(everything, mine)
+        for i, (p, _) in enumerate(matrices):
+            rank, start = places[i]
+            start += rank * len(mine)
+            yield everything[start : start + p.numel()].view_as(p)
+
+    def _direction(self, p, group):
+        """Updates the momentum of a matrix -> what Nesterov's rule makes of it."""
+        state, momentum = self.state[p], group["momentum"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer, grad = state["momentum_buffer"], p.grad
+        if self.found_inf is not None:  # instead of a bad gradient the mean so far: it stays so
+            grad = torch.where(self.found_inf == 0, grad, buffer)
+        buffer.lerp_(grad, 1 - momentum)
+        return grad.lerp(buffer, momentum)
+
+    def _orthogonalized(self, direction, parts: int):
+        x = direction.view(parts, -1, direction.size(1))
+        return orthogonalized(x, self.dtype).reshape(direction.shape)

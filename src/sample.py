@@ -1,0 +1,497 @@
+"""Talk to a model: it goes on from a prompt, and the text appears while it is written.
+
+    python src/sample.py --prompt "The meaning of life is"     with the newest checkpoint
+    python src/sample.py --run_name fineweb                    one prompt after the other
+    python src/sample.py --file prompts.txt --out texts.jsonl  a prompt a line, many at once
+
+`generate` is what training takes its own samples with. PyTorch is imported where it is used, so
+that --help comes at once. Sections: generation, text, the model, the command.
+"""
+
+import codecs
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint_files
+from flags import check_ranges, flag, parse_flags
+from tokenizer import EOT, get_tokenizer
+
+# --- Generation -----------------------------------------------------------------------------------
+# The first pass reads the prompts, each later one a single token a row: keys and values of the
+# positions before it are kept. B rows, T positions, V = vocabulary.
+
+
+class KVCache:
+    """Keys and values of the positions so far: for each layer (B, head, T, C/head)."""
+
+    def __init__(self, capacity: int):
+        self.k, self.v, self.capacity = [], [], capacity
+        self.length = 0  # positions filled; the model moves it on after its last layer
+
+    def extend(self, layer: int, k, v):
+        """Append keys and values (B, head, T, C/head) of new positions -> those of all so far."""
+        B, H, T, D = k.shape
+        assert T == 1 or self.length == 0, "after the prompts one position at a time"
+        if layer == len(self.k):
+            self.k.append(k.new_empty(B, H, self.capacity, D))
+            self.v.append(v.new_empty(B, H, self.capacity, D))
+        end = self.length + T
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def repeat(self, count: int) -> None:
+        """Each row `count` times, side by side: a prompt is read once for all its samples."""
+        self.k = [k.repeat_interleave(count, dim=0) for k in self.k]
+        self.v = [v.repeat_interleave(count, dim=0) for v in self.v]
+
+
+def stream(
+    model,
+    prompts: list[list[int]],
+    max_tokens: int,
+    generator,
+    *,
+    count: int = 1,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+) -> Iterator[list[int | None]]:
+    """Go on from each prompt `count` times, all at once; yields the next token of every row.
+
+    prompts: token ids, 1 to seq_len - 1 of them; lengths may differ. Rows are in the order of the
+    prompts, the samples of one side by side. A row ends with <|endoftext|>, or after max_tokens
+    tokens, or when prompt and text fill the context; then its token is None. See `choose` for the
+    rest. `generator` (a torch.Generator on the CPU) gives each row its random numbers in advance:
+    what a row says does not depend on the rows beside it.
+    """
+    import torch
+
+    device, seq_len = model.lm_head.weight.device, model.seq_len
+    lengths = [len(prompt) for prompt in prompts]
+    assert min(lengths) > 0 and max(lengths) < seq_len, (lengths, seq_len)
+    room = [min(max_tokens, seq_len - n) for n in lengths for _ in range(count)]
+    draws = torch.stack([torch.rand(seq_len, generator=generator) for _ in room]).to(device)
+
+    # All prompts end in the same column. The shorter ones are padded on the left: there no later
+    # position looks, and a row's own positions count from its first token.
+    T = max(lengths)
+    ids = torch.tensor([[EOT] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
+    padding = torch.tensor([T - n for n in lengths], device=device)[:, None]
+    columns = torch.arange(T + max(room), device=device)
+    positions = (columns - padding).clamp(0, seq_len - 1)  # (prompts, columns)
+    visible = mask = None
+    if min(lengths) < T:
+        visible = columns >= padding
+        itself = torch.eye(T, dtype=torch.bool, device=device)  # softmax over nothing is NaN
+        mask = (visible[:, None, :T] & (columns[:T, None] >= columns[:T]) | itself)[:, None]
+        visible = visible.repeat_interleave(count, dim=0)[:, None, None]
+
+    cache = KVCache(T + max(room))
+    running = [True] * len(room)
+    for t in range(max(room)):
+        # Not around the yield: whoever takes the tokens may do with tensors what they like. And no
+        # inference_mode: in it autocast casts all the weights again at every token.
+        with torch.no_grad():
+            if t == 0:
+                x = model.features(ids, positions[:, :T], mask, cache)
+                x = x[:, -1].repeat_interleave(count, dim=0)
+                cache.repeat(count)
+                positions = positions.repeat_interleave(count, dim=0)
+            else:
+                end = T + t
+                mask = visible[..., :end] if visible is not None else None
+                x = model.features(ids, positions[:, end - 1 : end], mask, cache)[:, -1]
+            chosen = choose(model.logits(x), draws[:, t], temperature, top_k, top_p)
+            ids = chosen[:, None]
+            tokens = chosen.tolist()
+        yield [token if on else None for token, on in zip(tokens, running, strict=True)]
+        for row, token in enumerate(tokens):
+            running[row] &= token != EOT and t + 1 < room[row]
+        if not any(running):
+            return
+
+
+def choose(logits, draws, temperature: float, top_k: int, top_p: float):
+    """The next token of each row: logits (B, V) float32, draws (B,) uniform in [0, 1) -> (B,).
+
+    Drawn from softmax(logits / temperature), among the top_k likeliest tokens (0: all), and of
+    these among the likeliest that together have the share top_p. temperature 0: the likeliest.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    ids, V = None, logits.shape[-1]
+    if 0 < top_k < V or top_p < 1:
+        logits, ids = logits.topk(min(top_k or V, V))  # from the likeliest down
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    upto = probs.cumsum(dim=-1)
+    if top_p < 1:
+        probs = probs.masked_fill(upto - probs >= top_p, 0.0)
+        upto = probs.cumsum(dim=-1)
+    # The first token whose cumulative share is above the draw (which is below 1, so there is one):
+    # a tenth of the time of torch.multinomial, and it takes one given number a row.
+    chosen = (upto <= draws[:, None] * upto[:, -1:]).sum(dim=-1)
+    return chosen if ids is None else ids.gather(1, chosen[:, None])[:, 0]
+
+
+def generate(model, prompts, max_tokens, generator, *, poll=lambda: None, **how) -> list[list[int]]:
+    """The rows of `stream` as a whole, without <|endoftext|>; `poll` is called at every token."""
+    rows = []
+    for tokens in stream(model, prompts, max_tokens, generator, **how):
+        poll()
+        rows = rows or [[] for _ in tokens]
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None and token != EOT:
+                row.append(token)
+    return rows
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    """The fields are the flags; see flags.py."""
+
+    checkpoint: str | None = flag(
+        None,
+        "a checkpoint, a run's folder of them, a Hugging Face folder, or a model of the hub as "
+        "gpt2 [the newest under checkpoint_dir]",
+        group="model",
+    )
+    run_name: str | None = flag(None, "the newest checkpoint of this run")
+    checkpoint_dir: str = flag("checkpoints", "where runs save")
+    device: str | None = flag(None, "cuda, cuda:1, mps or cpu [the best there is]")
+    dtype: str = flag(
+        "auto",
+        "precision; auto is bfloat16 where the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+    prompt: str | None = flag(
+        None,
+        "what to go on from; '' begins a new document [what is piped in; on a terminal you are "
+        "asked]",
+        group="text",
+        several=True,
+    )
+    file: str | None = flag(None, "a file with a prompt on each line, UTF-8; - is standard input")
+    out: str | None = flag(None, "with --file: JSON lines go here, a text each [standard output]")
+    num_samples: int = flag(1, "texts for each prompt", least=1)
+    max_tokens: int = flag(256, "longest text, in tokens, as far as the context goes", least=1)
+    temperature: float = flag(0.8, "below 1 the likely gets likelier; 0 = always the likeliest")
+    top_k: int = flag(50, "only the so many likeliest tokens; 0 = all")
+    top_p: float = flag(
+        1.0, "only the likeliest tokens that have this share together; 1 = all", above=0
+    )
+    seed: int = flag(1337, "the same seed, the same texts")
+    batch_size: int = flag(16, "with --file: texts written at a time", least=1)
+
+
+class Text:
+    """What one row says, as it grows."""
+
+    def __init__(self):
+        self.text, self.tokens = "", 0
+        self.stop = None  # when it is complete: "endoftext", "max_tokens" or "context"
+        self._enc = get_tokenizer()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> None:
+        """Append it; of a character that takes several tokens nothing is shown before the last."""
+        self.tokens += 1
+        self.text += self._decoder.decode(self._enc.decode_single_token_bytes(token))
+
+    def end(self, stop: str) -> None:
+        self.text += self._decoder.decode(b"", final=True)
+        self.stop = stop
+
+
+def write(
+    model,
+    prompts: list[list[int]],
+    options: Options,
+    generator,
+    show: Callable[[list[Text]], None] = lambda texts: None,
+) -> list[Text]:
+    """num_samples texts for each prompt, in the order of the prompts; `show` sees them grow."""
+    lengths = [len(prompt) for prompt in prompts for _ in range(options.num_samples)]
+    texts = [Text() for _ in lengths]
+    for tokens in stream(
+        model,
+        prompts,
+        options.max_tokens,
+        generator,
+        count=options.num_samples,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+    ):
+        for text, length, token in zip(texts, lengths, tokens, strict=True):
+            if token == EOT:
+                text.end("endoftext")
+            elif token is not None:
+                text.add(token)
+                if text.tokens == options.max_tokens:
+                    text.end("max_tokens")
+                elif length + text.tokens == model.seq_len:
+                    text.end("context")
+        show(texts)
+    return texts
+
+
+def encode(prompt: str, seq_len: int, max_tokens: int) -> tuple[list[int], str | None]:
+    """Token ids that leave room for a text, and a sentence if the prompt was cut for that.
+
+    An empty prompt is <|endoftext|>, after which a document begins; so is that word in a prompt.
+    """
+    ids = get_tokenizer().encode(prompt, allowed_special="all") or [EOT]
+    if len(ids) < seq_len:
+        return ids, None
+    kept = seq_len - min(max_tokens, seq_len // 2)
+    return ids[-kept:], (
+        f"the prompt has {len(ids):,} tokens and the model's context {seq_len:,}: only its last "
+        f"{kept:,} are read"
+    )
+
+
+# --- The model ------------------------------------------------------------------------------------
+
+
+def load_model(options: Options):
+    """(the model that the flags mean, ready to write; sentences about where it is from)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_improved.py, before torch
+    import torch
+
+    import machine
+    import pretrained
+    import train_improved
+
+    device = machine.choose_device(options.device)
+    dtype = machine.best_dtype(device) if options.dtype == "auto" else options.dtype
+    source = options.checkpoint or "latest"
+    if options.run_name is not None:
+        source = str(run_folder(options))
+    shape, weights, notes = pretrained.read_pretrained(source, options.checkpoint_dir)
+    if shape["seq_len"] < 2:
+        raise ValueError(f"{source}: a context of one token leaves no room to write")
+    with torch.device("meta"):  # no time for initial weights
+        model = train_improved.GPT(**shape)
+    model.load_state_dict(weights, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # one matrix again, as it was made
+    # Cast once, instead of at every product: what is read at every token is the weights.
+    model = model.to(device, getattr(torch, dtype)).eval()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(
+            f"{source}: some of its weights are not finite in {dtype}, it says nothing"
+        )
+    return model, [*notes, f"{model.num_params():,} parameters, {dtype} on {device}"]
+
+
+def run_folder(options: Options) -> Path:
+    """The folder of --run_name; ValueError names the runs that there are."""
+    if options.checkpoint is not None:
+        raise ValueError("--run_name and --checkpoint both name a model: leave one out")
+    folder = checkpoint_files.run_folder(options.checkpoint_dir, options.run_name)
+    if not checkpoint_files.list_checkpoints(folder):
+        runs = checkpoint_files.run_folders(options.checkpoint_dir)
+        names = [run.name for run in runs if checkpoint_files.list_checkpoints(run)]
+        there = f"there are: {', '.join(names)}" if names else "there is none of any run"
+        raise ValueError(
+            f"--run_name {options.run_name}: no checkpoint in {folder}; under "
+            f"{options.checkpoint_dir} {there}"
+        )
+    return folder
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Beside the texts, which go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Screen:
+    """Shows the texts one below the other, each while it is written: `show` of `write`.
+
+    While the first is written the others grow unseen beside it.
+    """
+
+    def __init__(self, prompt: str, count: int):
+        self.prompt, self.count = prompt, count
+        self.row, self.shown = -1, 0  # the text on display, and how much of it is there
+        self._begin()
+
+    def _begin(self) -> None:
+        self.row, self.shown = self.row + 1, 0
+        if self.row < self.count:
+            title = f"--- {self.row + 1} of {self.count} ---\n" if self.count > 1 else ""
+            sys.stdout.write(title + self.prompt)
+
+    def __call__(self, texts: list[Text]) -> None:
+        while self.row < self.count:
+            text = texts[self.row]
+            sys.stdout.write(text.text[self.shown :])
+            self.shown = len(text.text)
+            if text.stop is None:
+                break
+            sys.stdout.write("\n")
+            self._begin()
+        sys.stdout.flush()
+
+
+def answer(model, prompt: str, options: Options, generator) -> None:
+    """Texts for one prompt on the screen, then a line about them on standard error."""
+    ids, cut = encode(prompt, model.seq_len, options.max_tokens)
+    if cut:
+        say(cut)
+    start = time.monotonic()
+    texts = write(model, [ids], options, generator, Screen(prompt, options.num_samples))
+    say(account(texts, time.monotonic() - start, model.seq_len))
+
+
+def account(texts: list[Text], seconds: float, seq_len: int) -> str:
+    """How much was written, how fast, and why it ends."""
+    reasons = {
+        "endoftext": "<|endoftext|>",
+        "max_tokens": "--max_tokens",
+        "context": f"the context of {seq_len:,} tokens is full",
+    }
+    stops = [reasons[name] for name in reasons if any(text.stop == name for text in texts)]
+    tokens = sum(text.tokens for text in texts)
+    return f"[{tokens:,} tokens, {tokens / seconds:.1f} a second; stopped: {', '.join(stops)}]"
+
+
+def converse(model, options: Options, generator) -> None:
+    """A prompt from the terminal, a text, the next prompt: until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() gets editing keys and a history from it)
+    say("Type how a text begins, and Enter. Ctrl-C stops a text, Ctrl-D leaves.")
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not prompt.strip():
+            continue
+        try:
+            answer(model, prompt, options, generator)
+        except KeyboardInterrupt:
+            print(flush=True)
+
+
+def read_prompts(path: str) -> list[tuple[int, str]]:
+    """[(line number, prompt), ...] of the lines that are not blank."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"--file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file {path}: is no UTF-8 text at byte {error.start}") from None
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1)]
+    prompts = [(number, line) for number, line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--file {path}: has no line with a prompt")
+    return prompts
+
+
+def open_out(options: Options):
+    """Where the JSON lines go."""
+    if options.out is None:
+        return contextlib.nullcontext(sys.stdout)
+    out = Path(options.out)
+    if options.file != "-" and out.exists() and out.samefile(options.file):
+        raise ValueError(f"--out {out}: is the file with the prompts, name another")
+    try:
+        return open(out, "w", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def write_file(model, prompts: list[tuple[int, str]], options: Options, generator, out) -> None:
+    """JSON lines for all prompts of a file, each batch as soon as it is complete."""
+    from tqdm import tqdm
+
+    size = max(1, options.batch_size // options.num_samples)
+    start, all_texts = time.monotonic(), []
+    with tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as bar:
+        for first in range(0, len(prompts), size):
+            batch, ids = prompts[first : first + size], []
+            for number, prompt in batch:
+                tokens, cut = encode(prompt, model.seq_len, options.max_tokens)
+                ids.append(tokens)
+                if cut:
+                    tqdm.write(f"line {number}: {cut}", file=sys.stderr)
+            texts = write(model, ids, options, generator)
+            for i, text in enumerate(texts):
+                number, prompt = batch[i // options.num_samples]
+                record = {"line": number, "prompt": prompt, "sample": i % options.num_samples}
+                record |= {"text": text.text, "tokens": text.tokens, "stop": text.stop}
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.flush()
+            all_texts += texts
+            bar.update(len(batch))
+    say(account(all_texts, time.monotonic() - start, model.seq_len))
+
+
+def run(options: Options) -> None:
+    """What the flags ask for; ValueError for what the user has to change."""
+    check_ranges(options)
+    if options.top_p > 1:
+        raise ValueError(f"--top_p {options.top_p}: is a share, at most 1")
+    if options.file is not None and options.prompt is not None:
+        raise ValueError("--prompt and --file both say what to go on from: leave one out")
+    if options.out is not None and options.file is None:
+        raise ValueError("--out is for --file: redirect the output of --prompt with >")
+    prompts, prompt = None, options.prompt
+    if options.file is not None:
+        prompts = read_prompts(options.file)
+    elif prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().removesuffix("\n")
+        if not prompt:
+            raise ValueError("no prompt: give --prompt TEXT or --file FILE, or start on a terminal")
+    model, notes = load_model(options)
+    for note in notes:
+        say(note)
+
+    import torch
+
+    generator = torch.Generator().manual_seed(options.seed)
+    if prompts is not None:
+        with open_out(options) as out:
+            write_file(model, prompts, options, generator, out)
+    elif prompt is not None:
+        answer(model, prompt, options, generator)
+    else:
+        converse(model, options, generator)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0, 2 wrong input, 130 stopped by Ctrl-C."""
+    description = __doc__.rsplit("\n\n", 1)[0]
+    options = Options(**parse_flags(Options, description, sys.argv[1:] if argv is None else argv))
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to stop
+    try:
+        run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(flush=True)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

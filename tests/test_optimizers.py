@@ -1,0 +1,273 @@
+"""Optimizers and schedules: the formulas, and that every pair of them resumes exactly."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import muon
+import train_improved as ti
+from conftest import run
+from test_training import assert_same_training, checkpoint, logged
+
+QUIET = "--eval_freq 0 --sample_freq 0 --histogram_freq 0 --use_tensorboard".split()
+
+
+# --- Schedules ------------------------------------------------------------------------------------
+
+
+def config(**values):
+    defaults = {"max_lr": 1.0, "min_lr": 0.0, "max_steps": 100, "warmup_steps": 10}
+    return ti.Config(**(defaults | values))
+
+
+def test_cosine_is_the_curve_of_the_guide():
+    cfg = config(min_lr=0.1)
+    assert [ti.learning_rate(s, cfg) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert ti.learning_rate(55, cfg) == pytest.approx(0.55), "half-way down"
+    assert ti.learning_rate(100, cfg) == pytest.approx(0.1)
+    for step in range(10, 100):
+        expected = 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 10) / 90))
+        assert ti.learning_rate(step, cfg) == pytest.approx(expected)
+
+
+def test_linear_ends_at_zero():
+    cfg = config(schedule="linear")
+    assert [ti.learning_rate(s, cfg) for s in (1, 10)] == pytest.approx([0.1, 1.0])
+    for step in range(10, 101):
+        assert ti.learning_rate(step, cfg) == pytest.approx((100 - step) / 90)
+    assert ti.learning_rate(100, config(schedule="linear", min_lr=0.25)) == 0.25
+
+
+def test_wsd_is_flat_until_the_decay():
+    cfg = config(schedule="wsd", decay_share=0.3)
+    assert [ti.learning_rate(s, cfg) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert ti.last_stable_step(cfg) == 70
+    for step in range(10, 71):
+        assert ti.learning_rate(step, cfg) == 1.0
+    for step in range(70, 101):
+        assert ti.learning_rate(step, cfg) == pytest.approx((100 - step) / 30)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_no_schedule_leaves_its_bounds_or_divides_by_zero(schedule):
+    for max_steps in (1, 2, 7, 50):
+        for warmup in {0, 1, max_steps // 2, max_steps}:
+            for min_lr in (0.0, 0.1, 1.0):
+                cfg = config(
+                    schedule=schedule, max_steps=max_steps, warmup_steps=warmup, min_lr=min_lr
+                )
+                rates = [ti.learning_rate(s, cfg) for s in range(1, max_steps + 1)]
+                assert all(0 <= r <= 1 for r in rates), (max_steps, warmup, rates)
+                assert warmup == max_steps or rates[-1] == pytest.approx(min_lr)
+
+
+def test_a_longer_wsd_run_has_the_same_rates_before_the_decay():
+    short, long = (config(schedule="wsd", max_steps=n, warmup_steps=None) for n in (30, 400))
+    for cfg in (short, long):
+        cfg.total_batch_size = 256
+        ti.resolve_length(cfg, train_tokens=10**6)
+    for step in range(1, ti.last_stable_step(short) + 1):
+        assert ti.learning_rate(step, short) == ti.learning_rate(step, long)
+
+
+# --- Muon -----------------------------------------------------------------------------------------
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return ti.GPT(n_layer=2, n_head=2, n_embd=32, seq_len=16)
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def optimizer_of(model, **values):
+    cfg = ti.Config(optimizer="muon", n_head=2, **values)
+    optimizer = ti.make_optimizer(model, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    return optimizer
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((3, 16, 48), (2, 64, 16), (1, 32, 32)):
+        x = torch.randn(shape, generator=generator)
+        for dtype in (torch.float32, torch.bfloat16):
+            y = muon.orthogonalized(x, dtype)
+            assert y.shape == x.shape and y.dtype == dtype
+            values = torch.linalg.svdvals(y.float())
+            assert values.min() > 0.6 and values.max() < 1.3, values
+        # the directions stay: what is changed is how far each is followed
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        assert ((u @ vh) * y.float()).sum((1, 2)).min() > 0.8 * min(shape[1:])
+    assert torch.equal(
+        muon.orthogonalized(torch.zeros(1, 4, 4), torch.float32), torch.zeros(1, 4, 4)
+    )
+
+
+def test_the_arithmetic_is_that_of_torch_and_each_third_of_c_attn_is_a_matrix():
+    ours, theirs = small_model(), small_model()
+    optimizer = optimizer_of(ours, weight_decay=0.1, momentum=0.9)
+    hidden, third = {}, {}
+    for name, p in theirs.transformer.h.named_parameters():
+        if p.dim() == 2:
+            pieces = p.detach().chunk(3) if "c_attn" in name else [p.detach()]
+            third[name] = [torch.nn.Parameter(x.clone()) for x in pieces]
+            hidden[name] = p
+    reference = torch.optim.Muon(
+        [x for pieces in third.values() for x in pieces],
+        lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    for step in range(3):
+        gradients(ours, step)
+        for name, p in ours.transformer.h.named_parameters():
+            if p.dim() == 2:
+                pieces = p.grad.chunk(len(third[name]))
+                for x, grad in zip(third[name], pieces, strict=True):
+                    x.grad = grad.clone()
+        optimizer.step()
+        reference.step()
+    for name, p in ours.transformer.h.named_parameters():
+        if p.dim() == 2:
+            expected = torch.cat(third[name])
+            moved = (expected - hidden[name]).norm()
+            assert (p - expected).norm() < 0.02 * moved, name  # both round to bf16 on the way
+
+
+def test_the_rest_is_adamw_exactly():
+    ours, theirs = small_model(), small_model()
+    both = optimizer_of(ours)
+    adamw = ti.make_optimizer(theirs, ti.Config(n_head=2))
+    for group in adamw.param_groups:
+        group["lr"] = 0.01
+    for step in range(3):
+        for model, optimizer in ((ours, both), (theirs, adamw)):
+            gradients(model, step)
+            optimizer.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        is_hidden = ".h." in name and p.dim() == 2
+        assert torch.equal(p, q) != is_hidden, name
+
+
+def test_a_bad_update_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been():
+    models = [small_model(), small_model()]
+    optimizers = [optimizer_of(m) for m in models]
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            if model is models[1]:
+                before = {n: p.detach().clone() for n, p in model.named_parameters()}
+                for poison in (math.nan, math.inf):
+                    gradients(model, 100 + step)
+                    for p in model.parameters():
+                        p.grad[0] = poison
+                    optimizer.found_inf = torch.tensor(1.0)
+                    optimizer.step()
+                assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+                optimizer.found_inf = torch.tensor(0.0)
+            gradients(model, step)
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+LENGTH = "--max_steps 20 --warmup_steps 3 --run_name a".split()
+
+
+@pytest.mark.parametrize(
+    "optimizer, schedule",
+    [("muon", "cosine"), ("muon", "linear"), ("adamw", "linear"), ("adamw", "wsd")],
+)
+def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer, schedule):
+    flags = [*QUIET, *LENGTH, "--optimizer", optimizer, "--schedule", schedule]
+    flags += ["--checkpoint_freq", "7", "--keep_checkpoints", "9"]
+    run(*flags, cwd=tmp_path, data=data)
+    saved = torch.load(checkpoint(tmp_path, 20), weights_only=True)
+    cfg = ti.Config(**saved["config"])
+    assert cfg.min_lr == pytest.approx(1e-3 if schedule == "cosine" else 0)
+    assert_chart_is_the_formula(tmp_path / "runs" / "a", cfg)
+    gpt2 = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len).state_dict()
+    assert {k: v.shape for k, v in saved["model"].items()} == {k: v.shape for k, v in gpt2.items()}
+
+    resume = ["--resume", str(checkpoint(tmp_path, 7)), "--run_name", "b", "--use_tensorboard"]
+    run(*resume, cwd=tmp_path, small=False)
+    assert_same_training(checkpoint(tmp_path, 20), checkpoint(tmp_path, 20, "b"))
+    one, two = (logged(tmp_path / "runs" / name)["Loss/train"] for name in "ab")
+    assert one[7:] == two
+
+
+def assert_chart_is_the_formula(folder, cfg):
+    rates = logged(folder)["Learning_Rate/lr"]
+    assert [step for step, _ in rates] == list(range(1, cfg.max_steps + 1))
+    for step, lr in rates:
+        assert lr == pytest.approx(ti.learning_rate(step, cfg), rel=1e-6)
+
+
+def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
+    flags = [*QUIET, "--optimizer", "muon", "--schedule", "wsd", "--warmup_steps", "3"]
+    flags += ["--checkpoint_freq", "0", "--keep_checkpoints", "1"]
+    run(*flags, "--max_steps", "10", "--run_name", "short", cwd=tmp_path, data=data)
+    run(*flags, "--max_steps", "20", "--run_name", "long", cwd=tmp_path, data=data)
+    stable = checkpoint(tmp_path, 8, "short")
+    assert stable.exists(), "the end of the stable part is kept"
+    planned = checkpoint(tmp_path, 20, "long")
+    cfg = ti.Config(**torch.load(planned, weights_only=True)["config"])
+    assert_chart_is_the_formula(tmp_path / "runs" / "long", cfg)
+
+    resume = ["--resume", stable, "--max_steps", "20", "--run_name", "extended"]
+    run(*resume, cwd=tmp_path, small=False)
+    assert_same_training(checkpoint(tmp_path, 20, "extended"), planned)
+
+    branch = ["--decay_from", checkpoint(tmp_path, 16, "long")]
+    run(*branch, "--resume", "auto", cwd=tmp_path, small=False)
+    assert_same_training(checkpoint(tmp_path, 20, "long-step_00000016-decayed"), planned)
+    _, err = run(*branch, cwd=tmp_path, small=False, expect=2)
+    assert "long-step_00000016-decayed" in err and "already" in err
+
+
+def of_step(step, **values):
+    cfg = ti.Config(schedule="wsd", warmup_steps=3, max_steps=100, optimizer="muon")
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 32}
+    made_on = {"device_type": "cpu", "world_size": 1}
+    values = dataclasses.asdict(cfg) | shape | values
+    return {"step": step, "config": values, "asked": [], "machine": made_on}
+
+
+def test_what_can_be_branched_off():
+    given = {"decay_from": "x.pt"}
+    assert ti.plan_decay(given, of_step(40)) == {"max_steps": 50, "decay_share": 0.2}
+    assert ti.plan_decay(given | {"decay_share": 0.5}, of_step(40))["max_steps"] == 80
+    plan = ti.plan_decay(given | {"max_steps": 60}, of_step(45))
+    cfg = config(schedule="wsd", warmup_steps=3, **plan)
+    assert ti.learning_rate(45, cfg) == 1.0 and ti.learning_rate(46, cfg) < 1.0
+    for step in (2, 81, 100):
+        with pytest.raises(ValueError, match=rf"x.pt: .* step {step}; .* from step 3 to 80"):
+            ti.plan_decay(given, of_step(step))
+    with pytest.raises(ValueError, match=r"x.pt: .* of --schedule cosine"):
+        ti.plan_decay(given, of_step(40, schedule="cosine"))
+
+
+def test_another_optimizer_on_resume_is_refused():
+    with pytest.raises(ValueError, match=r"--optimizer adamw does not fit .* muon"):
+        ti.merge_config({"optimizer": "adamw"}, of_step(4), "cpu", 1)
+    cfg, _ = ti.merge_config({}, of_step(4), "cpu", 1)
+    assert cfg.optimizer == "muon"
+
+
+def test_muon_is_the_same_with_1_2_and_4_processes(tmp_path, data):
+    flags = [*QUIET, *LENGTH, "--optimizer", "muon", "--checkpoint_freq", "0"]
+    losses = {}
+    for nproc in (None, 2, 4):
+        cwd = tmp_path / str(nproc)
+        cwd.mkdir()
+        run(*flags, "--micro_batch_size", "1", cwd=cwd, data=data, nproc=nproc)
+        losses[nproc] = [v for _, v in logged(cwd / "runs" / "a")["Loss/train"]]
+    assert losses[2] == pytest.approx(losses[None], rel=2e-4)
+    assert losses[4] == pytest.approx(losses[None], rel=2e-4)
