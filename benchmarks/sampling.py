@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
     enc = tokenizer.get_tokenizer()
+    device = machine.choose_device(args.device)
 
     torch.manual_seed(0)
     plain = train_improved.GPT(n_layer=12, n_head=12, n_embd=768, seq_len=1024).to(device).eval()

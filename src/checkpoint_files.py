@@ -22,6 +22,7 @@ background saving, the command.
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import hashlib
 import json
@@ -422,6 +423,25 @@ def load(path, map_location="cpu") -> dict:
     if not isinstance(state, dict):
         raise CheckpointError(path, f"holds a {type(state).__name__} and not a dict")
     return state
+
+
+def check_layout(path, value, layout, where: str = "it") -> None:
+    """CheckpointError if what was loaded is not of the types that `layout` says: a type, a list of
+    one layout, a dict of them by key, or a dataclass (for those of its fields that are there)."""
+    if dataclasses.is_dataclass(layout) and isinstance(value, dict):
+        layout = {f.name: f.type for f in dataclasses.fields(layout) if f.name in value}
+    kind = type(layout) if isinstance(layout, dict | list) else layout
+    if layout in (float, float | None):
+        kind = layout | int
+    if dataclasses.is_dataclass(kind) or not isinstance(value, kind):
+        is_a = type(value).__name__
+        raise CheckpointError(path, f"is no checkpoint of this program: {where} is a {is_a}")
+    if isinstance(layout, dict):
+        for key, part in layout.items():
+            check_layout(path, value.get(key), part, key)
+    elif isinstance(layout, list):
+        for part in value:
+            check_layout(path, part, layout[0], f"a part of {where}")
 
 
 # --- Finding --------------------------------------------------------------------------------------

@@ -253,14 +253,6 @@ def merge(config_class, given: dict, saved: dict | None, same_machine: bool, sta
     return config_class(**(values | given)), changes
 
 
-def check_types(some_class, values: dict) -> None:
-    """ValueError if a value, read from a file, has not the type of the dataclass' field."""
-    for field in dataclasses.fields(some_class):
-        kind = field.type | int if field.type in (float, float | None) else field.type
-        if field.name in values and not isinstance(values[field.name], kind):
-            raise ValueError(f"{field.name} is {values[field.name]!r:.100}")
-
-
 def check_ranges(config) -> None:
     """ValueError naming the flag, its value and what it may be; undecided (None) values pass."""
     for field in dataclasses.fields(config):

@@ -409,20 +409,6 @@ MEASURES = (
 )
 
 
-def _choose_device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch built without CUDA
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}; try cpu") from None
-    if name == "cpu":
-        import machine
-
-        machine.keep_freed_memory()
-    return torch.device(name)
-
-
 @contextlib.contextmanager
 def _progress(total: int, name: str):
     """Gives a function to call with items done: it draws a bar on a terminal, else rare lines."""
@@ -462,8 +448,9 @@ def _write_results(path, results: dict[str, list[Result]]) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     import checkpoint_files
+    import machine
 
-    device = _choose_device(args.device)
+    device = machine.choose_device(args.device)
     wanted = ("gpt2", "harness") if args.convention == "both" else (args.convention,)
     if not Path(args.file).exists():
         raise ValueError(f"{args.file} is not there: add --download to fetch it, or name another")
@@ -521,7 +508,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", help="per-item results as JSON lines: ind, label, predicted, losses")  # noqa: E501
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items [all]")
     parser.add_argument("--convention", choices=("both", "gpt2", "harness"), default="both", help="how an item becomes text, and what wins [both]")  # noqa: E501
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps [cuda if there is one]")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps [the best there is]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision of the matrix products [float32]")  # noqa: E501
     # fmt: on
     args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from console import marked
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of --device, tried; without a name the best there is."""
+    """The device of a command's --device, tried and prepared; without a name the best there is."""
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
@@ -24,6 +24,8 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch built without CUDA
         reason = str(e).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}; try cpu") from None
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
 
 

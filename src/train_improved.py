@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from console import marked
-from flags import check_ranges, check_types, flag, merge, parse_flags, to_toml
+from flags import check_ranges, flag, merge, parse_flags, to_toml
 from supervisor import StopRequested, Supervisor, begin, is_lost_peer
 
 if __name__ == "__main__":
@@ -200,7 +200,7 @@ class Config:
     )
     decay_from: str | None = flag(
         None,
-        "branch off a wsd run: decay from this checkpoint of its stable part, as a new run [no]",
+        "branch off a wsd run: decay at once from this checkpoint, as a new run [do not branch]",
         resume="machine",
     )
 
@@ -764,25 +764,26 @@ def restore(run: "Run", checkpoint: dict) -> None:
         setattr(run.state, name, value)
 
 
-CHECKPOINT_PARTS = {
-    **dict.fromkeys(("model", "optimizer", "config", "state", "rng", "data", "machine"), dict),
-    **{"step": int, "asked": list, "loss_scale": list, "tokenizer": str, "run_name": str},
+CHECKPOINT_LAYOUT = {
+    **{"model": dict, "optimizer": dict, "step": int, "run_name": str, "tokenizer": str},
+    **{"config": Config, "asked": [str], "state": TrainState, "loss_scale": [torch.Tensor]},
+    "rng": {"cpu": torch.Tensor},
+    "data": {"fingerprint": str, "tokens": int},
+    "machine": {"device_type": str, "world_size": int},
 }
 
 
 def load_checkpoint(path: Path) -> dict:
     """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
     checkpoint = checkpoint_files.load(path)
-    try:
-        for part, kind in CHECKPOINT_PARTS.items():
-            if not isinstance(checkpoint.get(part), kind):
-                raise ValueError(f"{part} is {checkpoint.get(part)!r:.100}")
-        check_types(Config, checkpoint["config"])
-        check_types(TrainState, checkpoint["state"])
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is no checkpoint of this program ({error}): start from another file"
-        ) from None
+    checkpoint_files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT)
+    # Before a model of that size is built: the weights are what the configuration says.
+    weights, config = checkpoint["model"], checkpoint["config"]
+    shapes = [getattr(weights.get(f"transformer.{n}.weight"), "shape", ()) for n in ("wte", "wpe")]
+    layers = sum(name.endswith(".ln_1.weight") for name in weights)
+    there = [*shapes[0][1:], *shapes[1][:1], layers]
+    if there != [config.get(name) for name in ("n_embd", "seq_len", "n_layer")]:
+        raise ValueError(f"{path} is no checkpoint of this program: its weights have other shapes")
     if checkpoint["tokenizer"] != tokenizer.fingerprint():
         raise ValueError(
             f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
@@ -801,7 +802,7 @@ def find_checkpoint(
     """
     by_path = resume not in (None, "latest", "auto")
     path, skipped = None, []
-    if run_name is not None and (restarted or not by_path):
+    if run_name is not None and (restarted or resume in ("latest", "auto")):
         path, skipped = checkpoint_files.find_latest(checkpoint_dir / run_name)
     # Under auto a named run that has no checkpoint yet starts fresh: a restart is not a transfer.
     if path is None and (resume == "latest" or (resume == "auto" and run_name is None)):
@@ -896,6 +897,7 @@ class Monitor:
         "Training": {
             "Loss": ["Loss/train", "Loss/validation"],
             "Learning rate": ["Learning_Rate/lr"],
+            "Tokens seen": ["Training/tokens"],
         },
         "Stability": {
             "Gradient norm": ["Gradient/norm", "Gradient/norm_unclipped"],
@@ -1526,11 +1528,12 @@ def preflight(run: Run, checkpoint: dict | None) -> None:
     folder = run.checkpoint_folder
     log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     existing = checkpoint_files.list_checkpoints(folder)
-    if existing and (checkpoint is None or (cfg.decay_from and not run.resumes_own_name)):
-        raise ValueError(
-            f"--run_name {cfg.run_name}: {folder} holds checkpoints up to step {existing[-1].step} "
-            "already; go on with --resume latest (if they are whole), or choose another name"
-        )
+    if existing and not run.resumes_own_name:
+        problem = f"{folder} holds checkpoints up to step {existing[-1].step} already; go on with "
+        problem += "--resume latest"
+        if cfg.resume == "auto":
+            problem = f"none of the checkpoints in {folder} is whole; move them away"
+        raise ValueError(f"--run_name {cfg.run_name}: {problem}, or choose another name")
     warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
         try:

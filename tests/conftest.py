@@ -30,16 +30,20 @@ def environment() -> dict:
     return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": CACHE}
 
 
-def start(*flags, cwd, data=None, script=SCRIPT, nproc=None, small=True):
-    """The training program as a real process; its output is in .stdout and .stderr."""
+def start(
+    *flags, cwd, data=None, script=SCRIPT, before=(), nproc=None, torchrun=(), small=True
+):  # fmt: skip
+    """The training program as a real process; its output is in .stdout and .stderr.
+
+    before: the script's own arguments, before the flags. nproc: under torchrun, with its options.
+    """
     command = [sys.executable]
     if nproc is not None:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command += [str(script), *(SMALL if small else ())]
-    command += ["--data_dir", str(data)] if data is not None else []
-    command += [str(f) for f in flags]
+    command += [*torchrun, script, *before, *(SMALL if small else ())]
+    command += ["--data_dir", data] if data is not None else []
     return subprocess.Popen(
-        command,
+        [str(word) for word in [*command, *flags]],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -1,13 +1,20 @@
-"""The training program with a fault put into it, for test_faults.py.
+"""The training program with a fault put into it, for test_faults.py and random_kills.py.
 
     python tests/faulty.py KIND FIRST LAST [flags of train_improved.py]
 
-KIND: `loss`, `gradient` or `weights` turned into NaN, or `spike`, a loss a thousand times too
-large, in the steps FIRST to LAST; `crash` or `hang` in an evaluation from step FIRST on; `exit` of
-rank 1 in step FIRST; `memory` that from step FIRST on suffices for LAST sequences at a time;
-`save`: death at file-system call LAST of save FIRST.
+`loss`, `gradient`, `weights`  turned into NaN in the steps FIRST to LAST
+`spike`                        a loss a thousand times too large in these steps
+`exit`                         rank 1 ends in step FIRST
+`crash`, `hang`                kill -9, or no end, in an evaluation from step FIRST on
+`memory`                       from step FIRST on enough for LAST sequences at a time
+`slow`                         an evaluation in pieces of LAST seconds each
+`save`                         death at file-system call LAST of save FIRST
+`data`                         the last rank's data cannot be read from step FIRST on
+`stall`                        reading data from step FIRST on never ends
+`print`                        no fault: says which windows each step has, by their hashes
 """
 
+import hashlib
 import os
 import sys
 import time
@@ -39,7 +46,9 @@ def faulty_forward(model, idx_BT, targets_BT):
 def faulty_forward_backward(run, train_model, batch):
     """Steps are counted by calls, so that the same data met again is not poisoned again."""
     global calls
-    calls += 1
+    calls += kind not in ("save", "data", "stall")
+    if kind == "exit" and calls == first and run.dist.rank == 1:
+        os._exit(7)
     loss = forward_backward(run, train_model, batch)
     if not first <= calls <= last:
         return loss
@@ -52,8 +61,6 @@ def faulty_forward_backward(run, train_model, batch):
             run.model.transformer.wte.weight.fill_(float("nan"))
     elif kind == "spike":
         return loss * 1000
-    elif kind == "exit" and run.dist.rank == 1:
-        os._exit(7)
     return loss
 
 
@@ -62,6 +69,11 @@ def faulty_validation_loss(run):
         if kind == "crash":
             os.kill(os.getpid(), 9)
         time.sleep(3600)
+    if kind == "slow":
+        ti.EVAL_TOKENS = run.cfg.seq_len  # a batch of one window
+        read = run.val_data.windows_in_order
+        run.val_data.windows_in_order = lambda index: (time.sleep(last), read(index))[1]
+        print("evaluating", flush=True)
     return validation_loss(run)
 
 
@@ -76,7 +88,25 @@ def faulty_save(*args, **kwargs):
 save = checkpoint_files.save
 if kind == "save":
     checkpoint_files.save = faulty_save
-    sys.exit(ti.main())
+
+
+def faulty_next_batch(loader, poll=None):
+    global calls
+    batch = next_batch(loader, poll)
+    calls += kind in ("data", "stall")
+    if kind == "print":
+        hashes = " ".join(hashlib.sha256(w.numpy().tobytes()).hexdigest()[:8] for w in batch)
+        print(f"windows {loader.position} {loader.rank} {hashes}\n", end="", flush=True)
+    if kind == "data" and calls >= first and loader.rank == loader.world_size - 1:
+        raise OSError(5, "Input/output error", "a shard")
+    while kind == "stall" and calls >= first:
+        time.sleep(0.2)
+        poll()
+    return batch
+
+
+next_batch = ti.data_shards.StepLoader.next_batch
+ti.data_shards.StepLoader.next_batch = faulty_next_batch
 ti.forward_backward, ti.validation_loss = faulty_forward_backward, faulty_validation_loss
 ti.GPT.forward = faulty_forward
 sys.exit(ti.main())

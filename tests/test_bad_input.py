@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -156,6 +157,15 @@ def test_resume_with_another_shape_names_both_values(capsys, monkeypatch, traine
 def test_fresh_start_does_not_overwrite_a_run(capsys, monkeypatch, trained):
     sentence = refused(capsys, monkeypatch, trained, *D, "--run_name", "a", "--max_steps", "9")
     assert "--run_name a" in sentence and "--resume latest" in sentence
+    # Nor does another run's checkpoint go into its folder, where latest would mean two histories.
+    other = trained / "checkpoints" / "other"
+    shutil.copytree(trained / "checkpoints" / "a", other)
+    flags = ("--resume", other / "step_00000004.pt", "--run_name", "b", "--max_steps", "5")
+    run(*flags, cwd=trained, small=False)
+    sentence = refused(capsys, monkeypatch, trained, *flags, small=False)
+    assert "--run_name b" in sentence and "up to step 5 already" in sentence
+    for name in ("b", "other"):
+        shutil.rmtree(trained / "checkpoints" / name)
 
 
 def test_resume_behind_the_end(capsys, monkeypatch, trained):

@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import contextlib
 import functools
 import inspect
 import io
@@ -23,7 +22,7 @@ import run_summary
 import train_improved as ti
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md")
+NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md", "docs/FAULTS.md")
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("src/train_improved", "src/prepare_data", "src/hellaswag", "src/data_shards")
 COMMANDS += ("src/checkpoint_files", "src/report", "src/sample", "src/export")
@@ -92,7 +91,7 @@ def calls(line: str) -> list[tuple[str, list[str]]]:
     words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
     found, first = [], True
     for word in words:
-        script = re.fullmatch(r"((?:src|benchmarks)/\w+)\.py", word)
+        script = re.fullmatch(r"((?:src|benchmarks|tests)/\w+)\.py", word)
         if script:
             found.append((script[1], []))
         elif word in ("sudo", "exec", "nohup", "do", "done", "|", "&"):
@@ -110,17 +109,24 @@ def calls(line: str) -> list[tuple[str, list[str]]]:
 def our_flags() -> dict[str, set[str]]:
     """Program -> its flags, as its --help says (each run as the command it is, in this process)."""
     found = {}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     for name in COMMANDS:
-        out, on_sigterm = io.StringIO(), signal.getsignal(signal.SIGTERM)
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
             patch.setattr(sys, "argv", [f"{name}.py", "--help"])
             patch.setenv("COLUMNS", "200")
             with pytest.raises(SystemExit) as stop:
                 runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-        signal.signal(signal.SIGTERM, on_sigterm)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        out.seek(0)
+        text = out.read()
         assert stop.value.code in (0, None), name
-        found[name] = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", out.getvalue(), re.M))
-        found[name] |= set(re.findall(r", (--no-[\w-]+)", out.getvalue()))
+        found[name] = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.M))
+        found[name] |= set(re.findall(r", (--no-[\w-]+)", text))
     return found
 
 
@@ -129,8 +135,8 @@ def our_flags() -> dict[str, set[str]]:
 
 def test_every_flag_of_every_command_exists():
     known, checked = FOREIGN | our_flags(), 0
-    for name in (ROOT / "benchmarks").glob("*.py"):
-        known[f"benchmarks/{name.stem}"] = set(
+    for name in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "random_kills.py"]:
+        known[f"{name.parent.name}/{name.stem}"] = set(
             re.findall(r'"(--[\w-]+)"', name.read_text(encoding="utf-8"))
         )
     for document, line in command_lines():
@@ -143,7 +149,8 @@ def test_every_flag_of_every_command_exists():
 
 
 def test_every_flag_in_a_sentence_exists():
-    known = set().union(*FOREIGN.values(), *our_flags().values(), {"--print"})
+    known = set().union(*FOREIGN.values(), *our_flags().values(), {"--print", "--help"})
+    known |= {"--minutes", "--steps", "--every"}  # of tests/random_kills.py
     for document, text in DOCS.items():
         for code in inline_code(text):
             for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", code):
@@ -368,6 +375,18 @@ def test_quoted_messages_are_in_the_code():
                     assert part in source or part in foreign, f"{name}: {part}"
                     count += 1
     assert count > 10
+
+
+def test_every_fault_has_a_test_that_exists():
+    rows = re.findall(r"^\| (.*) \| .* \| (.*) \|$", DOCS["docs/FAULTS.md"], re.M)
+    rows = [row for row in rows if row[0] != "fault"]
+    assert len(rows) > 40
+    for fault, tests in rows:
+        named = re.findall(r"`(\w+)::(\w+)`", tests)
+        assert named and len(named) == tests.count("`") // 2, fault
+        for file, function in named:
+            source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+            assert re.search(rf"^def {function}\(", source, re.M), f"{file}::{function}"
 
 
 def test_nothing_of_one_machine_is_in_the_documents():

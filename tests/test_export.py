@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 import checkpoint_files
 import export
 import pretrained
+import sample
 import train_improved as ti
 from conftest import ROOT, environment, run, write_data
 from tokenizer import VOCAB_SIZE, get_tokenizer
@@ -111,7 +112,7 @@ def test_logits_are_equal(ours, theirs):
 def test_greedy_generation_is_equal(ours, theirs):
     for seed in range(3):
         prompt = torch.randint(256, 556, (6,), generator=torch.Generator().manual_seed(seed))
-        here = ti.generate(ours, prompt.tolist(), 1, 20, torch.Generator(), top_k=1)
+        here = sample.generate(ours, [prompt.tolist()], 20, torch.Generator(), temperature=0)
         there = theirs.generate(prompt[None], do_sample=False, max_new_tokens=20)
         assert there[0, 6:].tolist() == here[0]
         assert len(here[0]) == 20 and len(set(here[0])) > 5, "it says something"

@@ -2,6 +2,8 @@
 
 import math
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -12,33 +14,41 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, environment, run, start
+import checkpoint_files
+from conftest import ROOT, SCRIPT, SMALL, environment, run, start, write_data
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
 
 FAULTY = ROOT / "tests" / "faulty.py"
 QUIET = "--eval_freq 0 --sample_freq 0 --histogram_freq 0 --run_name a".split()
 LENGTH = [*QUIET, "--max_steps", "20", "--checkpoint_freq", "5"]
 FLAGS = [*LENGTH, "--use_tensorboard"]
+LONG = [*QUIET, "--max_steps", "100000", "--checkpoint_freq", "0"]
 
 
-def faulty(kind, first, last, *flags, cwd, data, **options):
-    """The training program with a fault in steps first..last (see faulty.py)."""
-    process_flags = [kind, first, last]
-    script = FAULTY
-    command = [sys.executable]
-    nproc = options.pop("nproc", None)
-    if nproc:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    from conftest import SMALL
+def workers_of(process) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
-    command += [script, *process_flags, *SMALL, "--data_dir", data, *flags]
-    done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=environment(), capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
-    expect = options.pop("expect", 0)
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
+
+def faulty(kind, first, last, *flags, expect=0, **options):
+    """The training program with a fault (see faulty.py), to its end -> (stdout, stderr)."""
+    process = start_faulty(kind, first, last, *flags, **options)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def start_faulty(kind, first, last, *flags, **options):
+    return start(*flags, script=FAULTY, before=[kind, first, last], **options)
+
+
+def saved_steps(folder, name="a") -> list[int]:
+    return [c.step for c in checkpoint_files.list_checkpoints(folder / "checkpoints" / name)]
+
+
+def no_traceback_of_ours(err: str) -> bool:
+    """torchrun prints one of its own when a worker fails or a signal comes."""
+    return not re.search(r'File ".*src/\w+\.py", line', err)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -118,18 +128,151 @@ def test_a_hang_ends_with_stacks(tmp_path, data):
     assert "no progress for 5 s (--hang_timeout)" in err and "faulty_validation_loss" in err
 
 
-def test_a_rank_that_exits_ends_the_others(tmp_path, data):
-    began = time.monotonic()
-    faulty("exit", 5, 5, *FLAGS, cwd=tmp_path, data=data, nproc=2, expect=1)
-    assert time.monotonic() - began < 120
+def test_a_rank_that_dies_ends_the_others_with_the_work_saved(tmp_path, data):
+    flags = [*QUIET, "--max_steps", "20", "--checkpoint_freq", "0"]
+    _, err = faulty("exit", 5, 5, *flags, cwd=tmp_path, data=data, nproc=2, expect=1)
+    assert "rank 0: rank 1 has died, this process ends" in err and no_traceback_of_ours(err), err
+    assert saved_steps(tmp_path) == [4]
 
 
-def workers_of(process) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+def test_a_rank_that_is_stopped_ends_in_bounded_time_with_the_stacks_of_the_others(tmp_path, data):
+    flags = [*LONG, "--total_batch_size", "384", "--hang_timeout", "4"]
+    process = start(*flags, cwd=tmp_path, data=data, nproc=3)
+    wait_for_step(process, 3)
+    stopped = sorted(workers_of(process))[1]
+    os.kill(stopped, signal.SIGSTOP)
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if "does not answer" in line:
+            os.kill(stopped, signal.SIGCONT)  # else torchrun waits 30 s before its kill -9
+            break
+    err = "".join(seen) + process.communicate(timeout=100)[1]
+    assert process.returncode != 0
+    assert f"(process {stopped}, stopped) does not answer" in err
+    assert err.count("no progress for 4 s") + err.count("stacks, because another rank hangs") == 2
+    assert err.count("in forward_backward") >= 2
 
 
-LONG = [*QUIET, "--max_steps", "100000", "--checkpoint_freq", "0"]
+def test_data_that_only_one_rank_cannot_read_ends_all_with_the_work_saved(tmp_path, data):
+    flags = [*QUIET, "--max_steps", "20", "--checkpoint_freq", "0"]
+    out, err = faulty("data", 5, 0, *flags, cwd=tmp_path, data=data, nproc=2, expect=1)
+    assert "rank 1: [Errno 5] Input/output error: 'a shard'" in err and no_traceback_of_ours(err)
+    assert "a shard" in out and "saving and leaving" in out, out
+    assert saved_steps(tmp_path) == [4]
+
+
+def test_a_stop_is_honoured_within_an_evaluation(tmp_path, data):
+    flags = "--max_steps 8 --eval_freq 4 --checkpoint_freq 0 --sample_freq 0 --run_name a".split()
+    flags += ["--use_tensorboard"]
+    process = start_faulty("slow", 0, 1, *flags, cwd=tmp_path, data=data)
+    for line in process.stdout:
+        if line == "evaluating\n":  # of step 0, in 16 pieces
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "validation loss" not in out and "step " not in out, out
+    run(*flags, cwd=tmp_path, data=data)
+    assert saved_steps(tmp_path) == [8]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_data_that_never_comes(tmp_path, data, stop):
+    """A dead network disk: signals are honoured meanwhile, and without any it counts as a hang."""
+    flags = [*QUIET, "--max_steps", "20", "--checkpoint_freq", "0", "--hang_timeout", "3"]
+    process = start_faulty("stall", 5, 0, *flags, cwd=tmp_path, data=data)
+    if stop:
+        wait_for_step(process, 3)
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if stop else 1), err
+    if not stop:
+        assert "no progress for 3 s" in err and "next_batch" in err
+    else:
+        assert saved_steps(tmp_path)[-1] in (3, 4)
+
+
+def test_validation_data_lost_in_mid_run_stops_with_the_work_saved(tmp_path):
+    folder = write_data(tmp_path / "walk", val=4_000_000)
+    flags = "--max_steps 100000 --eval_freq 8 --sample_freq 0 --checkpoint_freq 0 --run_name a"
+    process = start(*flags.split(), "--val_tokens", 3_000_000, cwd=tmp_path, data=folder)
+    for line in process.stdout:
+        if "output" in line:  # the evaluation of step 0 has begun, or is about to
+            break
+    os.truncate(folder / "walk_val_000000.bin", 5_000_000)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "walk_val_000000.bin became shorter while it was in use" in out + err
+
+
+def test_same_windows_in_the_same_steps_with_1_2_and_1_processes(tmp_path, data):
+    flags = [*QUIET, "--checkpoint_freq", "3", "--warmup_steps", "2"]
+    stages = {"3": None, "6": 2, "9": None}
+    seen = {}
+    for steps, nproc in stages.items():
+        more = ["--max_steps", steps, "--resume", "auto"]
+        out, _ = faulty("print", 0, 0, *flags, *more, cwd=tmp_path, data=data, nproc=nproc)
+        for position, rank, *hashes in re.findall(r"^windows (\d+) (\d+) (.*)$", out, re.M):
+            seen.setdefault(int(position), {})[int(rank)] = hashes[0].split()
+    (tmp_path / "alone").mkdir()
+    out, _ = faulty("print", 0, 0, *flags, "--max_steps", "9", cwd=tmp_path / "alone", data=data)
+    expected = {
+        int(position): hashes.split()
+        for position, hashes in re.findall(r"^windows (\d+) 0 (.*)$", out, re.M)
+    }
+    for position in range(8, 73, 8):
+        together = [h for rank in sorted(seen[position]) for h in seen[position][rank]]
+        assert together == expected[position] and len(set(together)) == 8
+
+
+def test_folders_removed_in_mid_run_come_back(tmp_path, data):
+    flags = "--max_steps 400 --eval_freq 0 --sample_freq 0 --checkpoint_freq 5 --run_name a".split()
+    process = start(*flags, "--use_tensorboard", cwd=tmp_path, data=data)
+    wait_for_step(process, 20)
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "runs")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert saved_steps(tmp_path) == [390, 395, 400], out
+    assert logged(tmp_path / "runs" / "a")["Loss/train"][-1][0] == 400
+
+
+@pytest.mark.parametrize("kind", ["terminal", "full disk"])
+def test_output_that_goes_nowhere_does_not_cost_the_work(tmp_path, data, kind):
+    """A terminal that is closed, which is also SIGHUP; a log file on a full disk, which is no
+    reason to stop."""
+    command = [sys.executable, SCRIPT, *SMALL, "--data_dir", data, *QUIET, "--checkpoint_freq", 0]
+    command = [str(word) for word in [*command, "--max_steps", 400]]
+    if kind == "full disk":
+        with open("/dev/full", "w") as full:
+            code = subprocess.run(
+                command, cwd=tmp_path, env=environment(), stdout=full, stderr=full, timeout=240
+            ).returncode
+        assert code == 0 and saved_steps(tmp_path) == [400]
+        return
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, command, environment())
+    seen = b""
+    while b"loss" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert saved_steps(tmp_path), "nothing saved"
+
+
+def test_nothing_listens_on_the_network(tmp_path, data):
+    process = start(*LONG, "--use_tensorboard", cwd=tmp_path, data=data)
+    wait_for_step(process, 2)
+    sockets = set()
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        sockets |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(entry)))
+    tables = [Path(f"/proc/{process.pid}/net/{name}") for name in ("tcp", "tcp6", "udp", "udp6")]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    assert sockets.isdisjoint(row[9] for row in rows)
+    process.kill()
+    process.communicate()
 
 
 def test_workers_of_a_killed_torchrun_save_and_leave(tmp_path, data):
@@ -157,19 +300,32 @@ def test_sigterm_to_torchrun_saves(tmp_path, data):
 
 
 def test_torchrun_restarts_go_on_from_the_latest_checkpoint(tmp_path, data):
-    """No flag says so: torchrun --max-restarts alone brings the run back, with 2 processes."""
-    from conftest import SMALL
+    """No flag says so: torchrun --max-restarts alone brings the run back, with 2 processes; with
+    --resume PATH it goes on from there once, and then from where it came to."""
+    flags = "--max_steps 12 --eval_freq 0 --sample_freq 0 --checkpoint_freq 3".split()
+    options = {"cwd": tmp_path, "data": data, "nproc": 2, "torchrun": ["--max-restarts=2"]}
+    # Rank 1 exits in the 8th step of each attempt: the second attempt begins after step 7.
+    out, err = faulty("exit", 8, 8, *flags, **options)
+    assert out.count("resuming from") == 1 and "step_00000007.pt, step 7" in out, err
+    assert "finished at step 12 of 12" in out
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    first = folder / "step_00000009.pt"
+    flags[1] = "20"
+    out, err = faulty("exit", 8, 8, *flags, "--resume", first, "--run_name", "b", **options)
+    assert re.findall(r"resuming from .*, step (\d+)", out) == ["9", "16"], err
+    assert "finished at step 20 of 20" in out
 
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=2".split()
-    command = [sys.executable, *torchrun, FAULTY, "exit", "8", "8", *SMALL, "--data_dir", data]
-    command += "--max_steps 12 --eval_freq 0 --sample_freq 0 --checkpoint_freq 3".split()
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
-    )
-    # Rank 1 exits in the 8th step of each attempt: the second attempt begins after step 6.
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("resuming from") == 1 and "step_00000006.pt, step 6" in done.stdout
-    assert "finished at step 12 of 12" in done.stdout
+
+def test_a_restart_does_not_resume_what_the_first_attempt_was_refused(tmp_path, data):
+    """A new run by the name of an old one: torchrun's second attempt is no resume either."""
+    run(*LENGTH, cwd=tmp_path, data=data)
+    before = (tmp_path / "checkpoints" / "a" / "step_00000020.pt").stat().st_mtime_ns
+    flags = [*QUIET, "--max_steps", "30"]
+    torchrun = ["--max-restarts=1"]
+    _, err = run(*flags, cwd=tmp_path, data=data, nproc=1, torchrun=torchrun, expect=1)
+    assert err.count("holds checkpoints up to step 20 already") == 2
+    assert saved_steps(tmp_path)[-1] == 20
+    assert (tmp_path / "checkpoints" / "a" / "step_00000020.pt").stat().st_mtime_ns == before
 
 
 def test_max_hours_saves_and_ends_with_0(tmp_path, data):
@@ -208,12 +364,41 @@ def small_disk(tmp_path):
 
 
 def test_disk_full_at_a_save_keeps_the_old_ones_and_goes_on(tmp_path, data, small_disk):
+    """To the end, which is no success: the exit code says that the result is not saved."""
     flags = [*LENGTH, "--checkpoint_dir", small_disk, "--keep_checkpoints", "9"]
-    out, err = run(*flags, cwd=tmp_path, data=data)
-    assert "finished at step 20 of 20" in out
+    out, err = run(*flags, cwd=tmp_path, data=data, expect=1)
+    assert "step    20/20" in out and "Traceback" not in err
     names = sorted(p.name for p in (small_disk / "a").iterdir() if p.name != ".lock")
     assert names == ["step_00000005.pt", "step_00000010.pt"], (names, out)
-    assert "No space left" in out + err
+    assert out.count("COULD NOT BE WRITTEN: No space left") == 2
+    assert "step_00000020.pt is NOT SAVED (No space left on device): make room" in out
+    # There is room again: the lost steps are done again, and the end is saved.
+    (small_disk / "a" / "step_00000005.pt").unlink()
+    flags = ["--resume", "latest", "--checkpoint_dir", small_disk, "--keep_checkpoints", "1"]
+    out, _ = run(*flags, cwd=tmp_path, small=False)
+    assert "step_00000010.pt, step 10" in out and (small_disk / "a" / "step_00000020.pt").exists()
+
+
+def test_a_disk_for_just_the_checkpoints_that_are_kept_is_enough(tmp_path, data, small_disk):
+    """Two are kept and two fit: the one that each new one replaces is deleted first."""
+    flags = [*LENGTH, "--checkpoint_dir", small_disk, "--keep_checkpoints", "2"]
+    out, _ = run(*flags, cwd=tmp_path, data=data)
+    assert out.count("which it replaces") == 2
+    names = sorted(p.name for p in (small_disk / "a").iterdir() if p.name != ".lock")
+    assert names == ["step_00000015.pt", "step_00000020.pt"]
+
+
+def test_a_full_disk_at_a_resume_does_not_stop_it(tmp_path, data, small_disk):
+    flags = [*QUIET, "--max_steps", "10", "--use_tensorboard", "--keep_checkpoints", "1"]
+    flags += ["--checkpoint_dir", small_disk / "c", "--tensorboard_dir", small_disk / "r"]
+    run(*flags, cwd=tmp_path, data=data)
+    with open(small_disk / "ballast", "ab", buffering=0) as file, pytest.raises(OSError):
+        while file.write(bytes(4096)):
+            pass
+    flags[flags.index("10")] = "12"
+    out, err = run(*flags, "--resume", "latest", cwd=tmp_path, data=data, expect=1)
+    assert out.count("WARNING cannot write in") == 2 and "config.json could not be written" in out
+    assert "step    12/12" in out and "NOT SAVED" in out and "Traceback" not in err
 
 
 def test_disk_full_at_a_log_write_does_not_hurt_training(tmp_path, data, small_disk):
@@ -231,11 +416,17 @@ def test_too_little_space_is_said_before_step_0(tmp_path, data, small_disk):
     flags = [*LENGTH, "--checkpoint_dir", small_disk]
     out, _ = run(*flags, cwd=tmp_path, data=data)
     assert out.index("GB free and a checkpoint takes") < out.index("step     1/20")
+    assert out.index("of memory reserved for the copy") < out.index("step     1/20")
+
+
+def test_too_little_space_for_logs_is_said_before_step_0(tmp_path, data, small_disk):
+    (small_disk / "ballast").write_bytes(bytes(25 * 2**20 - 30 * 4096))
+    flags = [*QUIET, "--max_steps", "4", "--use_tensorboard", "--tensorboard_dir", small_disk]
+    out, _ = run(*flags, "--histogram_freq", "1", cwd=tmp_path, data=data)
+    assert out.index("MB free, the run's logs need about") < out.index("step     1/4")
 
 
 def test_bad_data_in_mid_run_stops_with_the_work_saved(tmp_path):
-    from conftest import write_data
-
     folder = write_data(tmp_path / "walk", train=8_000_000)
     shard = folder / "walk_train_000000.bin"
     process = start(*LONG, cwd=tmp_path, data=folder)

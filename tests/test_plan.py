@@ -88,7 +88,7 @@ def test_resume_on_another_process_count_or_micro_batch(tmp_path, data, nproc, m
     for (step, value), (step_, value_) in zip(
         one["Loss/train"][5:], two["Loss/train"], strict=True
     ):
-        assert step == step_ and value == pytest.approx(value_, rel=1e-5)
+        assert step == step_ and value == pytest.approx(value_, rel=1e-4)
     assert one["Training/epoch"][5:] == two["Training/epoch"]
 
 

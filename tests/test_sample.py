@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data_shards
+import export
 import sample
 import tokenizer
 import train_improved as ti
@@ -245,6 +246,14 @@ def test_a_prompt_is_continued(talk):
     older = "checkpoints/a/step_00000004.pt"
     assert older in talk("--checkpoint", older, "--prompt", "Hi")[1]
     assert "step_00000008.pt" in talk("--checkpoint", "checkpoints/a", "--prompt", "Hi")[1]
+
+
+def test_an_exported_folder_talks_the_same(talk):
+    ours = talk("--prompt", "Hello there", "--max_tokens", "20")
+    assert export.main(["checkpoints/a/step_00000008.pt", "exported"]) == 0
+    flags = ["--prompt", "Hello there", "--max_tokens", "20"]
+    theirs = talk(*flags, "--checkpoint", "exported")  # after what the export said
+    assert theirs[0].endswith("\n" + ours[0]) and "a Hugging Face folder" in theirs[1]
 
 
 def test_several_samples_under_titles(talk):

@@ -1,0 +1,41 @@
+"""A handful of random kills; as many as you like with random_kills.py, whose text says what must be
+true. The seed is in the output of a failure: give it to the script as --seed."""
+
+import dataclasses
+import os
+import random
+import subprocess
+
+import pytest
+
+import random_kills
+import train_improved as ti
+
+# Every optimizer that the script offers.
+OPTIMIZERS = next(
+    (f.metadata["choices"] for f in dataclasses.fields(ti.Config) if f.name == "optimizer"), (None,)
+)
+
+
+def kills(tmp_path, *flags) -> None:
+    """Seeds are drawn, so every run of the tests tries other moments."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    assert random_kills.main(["--seed", str(seed), "--work", str(tmp_path), *flags]) == 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_few_random_kills(tmp_path, optimizer):
+    more = [f"--flags=--optimizer {optimizer}"] if optimizer else []
+    kills(tmp_path, "--kills", "4", "--chain", "4", "--steps", "80", *more)
+
+
+def test_a_few_random_kills_with_2_processes(tmp_path):
+    kills(tmp_path, "--kills", "2", "--chain", "2", "--steps", "60", "--processes", "2")
+
+
+def test_a_few_random_kills_on_a_small_disk(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    subprocess.run(["umount", str(tmp_path)], check=True)
+    kills(tmp_path, "--kills", "3", "--chain", "3", "--steps", "80", "--disk_mb", "9")
