@@ -20,7 +20,6 @@ import re
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 
 import checkpoint_files
 import data_shards
+import energy
 import machine
 import run_summary
 import tokenizer
@@ -50,9 +50,9 @@ class Report:
         self.problems = []
 
     def add(self, level: str, name: str, text: str, fix: str = "") -> None:
-        print(f"{tint(f'{level:>7}', COLOURS[level])}  {name:<9} {text}", flush=True)
+        print(f"{tint(f'{level:>7}', COLOURS[level])}  {name:<10} {text}", flush=True)
         if fix:
-            print(f"{'':18} fix: {fix}", flush=True)
+            print(f"{'':20} fix: {fix}", flush=True)
         if level == "PROBLEM":
             self.problems.append(name)
 
@@ -71,6 +71,8 @@ def examine(given: dict) -> int:
         # What planning has to say beside errors, the lines below say too.
         with contextlib.redirect_stdout(io.StringIO()):
             dist = ti.Distributed(given.get("device"), ti.Config.hang_timeout)
+            if dist.device.type == "cpu":
+                machine.keep_freed_memory()
             run, _ = ti.set_up(given | {"dry_run": True}, dist)
         cfg, device = run.cfg, dist.device
     except ValueError as error:
@@ -79,14 +81,13 @@ def examine(given: dict) -> int:
     check_devices(report, device)
     check_products(report, device, run and run.dtype)
     check_compiler(report, device, cfg.compile)
-    if run is not None:
-        check_memory(report, run)
+    fits = run is not None and check_memory(report, run)
     check_disk(report, cfg, run)
     if run is not None:
         check_data(report, run, ti.SAMPLE_DIR)
         check_hellaswag(report, run)
     check_ports(report)
-    if run is not None:
+    if fits:  # else the attempt itself could bring the machine down
         check_speed(report, ti, run)
     print()
     if report.problems:
@@ -116,10 +117,10 @@ def check_versions(report: Report, use_tensorboard: bool) -> None:
     if others:
         report.add("note", "versions", f"{'; '.join(others)}: numbers may differ a little", install)
     for name in missing:
-        needed = name == "tensorboard" and use_tensorboard
-        why = {"tensorboard": "for --use_tensorboard", "datasets": "to prepare hub data"}
-        level = "PROBLEM" if needed else "note"
-        report.add(level, "versions", f"{name} is not installed: needed {why[name]}", install)
+        rarely = {"tensorboard": "for --use_tensorboard", "datasets": "to prepare hub data"}
+        needed = name not in rarely or (name == "tensorboard" and use_tensorboard)
+        text = f"{name} is not installed, needed {rarely.get(name, 'for training')}"
+        report.add("PROBLEM" if needed else "note", "versions", text, install)
 
 
 def check_tokenizer(report: Report) -> None:
@@ -198,6 +199,9 @@ def check_products(report: Report, device: torch.device, planned: torch.dtype | 
 
 def check_compiler(report: Report, device: torch.device, asked: bool | None) -> None:
     """Compile a small function for real: a new one each time, so that no cache answers."""
+    if asked is False:
+        report.add("ok", "compiler", "not needed with --no-compile")
+        return
     number, start = random.random(), time.monotonic()
     x = torch.ones(64, device=device)
 
@@ -208,7 +212,7 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
         assert torch.allclose(torch.compile(function)(x), function(x), atol=1e-6)
     except Exception as error:  # whatever a compiler can think of
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        used = asked is not False and (asked or device.type == "cuda")
+        used = asked or device.type == "cuda"
         report.add(
             "PROBLEM" if asked else "note",
             "compiler",
@@ -222,8 +226,9 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
     report.add("ok", "compiler", f"torch.compile compiled a function in {seconds:.1f} s")
 
 
-def check_memory(report: Report, run) -> None:
-    """The estimate of what training needs, and the copy that saving in the background needs."""
+def check_memory(report: Report, run) -> bool:
+    """The estimate of what training needs, and the copy that saving in the background needs ->
+    whether training fits."""
     cfg, device = run.cfg, run.dist.device
     need = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
     there = free_memory(device)
@@ -247,6 +252,7 @@ def check_memory(report: Report, run) -> None:
             f"no room for the copy of {copy / 1e9:.1f} GB that saving in the background needs: "
             "training waits while it saves",
         )
+    return need <= there
 
 
 def free_memory(device: torch.device) -> float:
@@ -296,7 +302,7 @@ def check_disk(report: Report, cfg, run) -> None:
         )
     needs = {
         "checkpoint_dir": max(files - len(there), 1) * size,
-        "tensorboard_dir": _log_bytes(run),
+        "tensorboard_dir": run_summary.log_bytes(run),
     }
     by_disk = {}
     for name, need in needs.items():
@@ -336,18 +342,8 @@ def _write_seconds(folder: Path, size: int) -> float:
         path.unlink(missing_ok=True)
 
 
-def _log_bytes(run) -> int:
-    """Estimate for the run's log folder, from what was measured (TENSORBOARD_GUIDE.md, Disk)."""
-    cfg, tensors = run.cfg, len(list(run.model.parameters()))
-    size = 600 * cfg.max_steps * cfg.log_jsonl
-    if cfg.use_tensorboard:
-        dumps = 1 + cfg.max_steps // cfg.histogram_freq if cfg.histogram_freq else 0
-        size += 420 * cfg.max_steps + 2 * tensors * 1_200 * dumps
-    return size + 10_000
-
-
 def _size(n: float) -> str:
-    return f"{n / 1e9:,.1f} GB" if n > 1e8 else f"{n / 1e6:,.1f} MB"
+    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.2g} MB"
 
 
 def check_data(report: Report, run, sample_dir: str) -> None:
@@ -443,7 +439,7 @@ def reference_run(ti, run):
         model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
     sequences = cfg.total_batch_size // cfg.seq_len if run.dist.device.type != "cpu" else 1
     cfg.micro_batch_size = machine.choose_micro_batch(
-        model, sequences, run.dist.device, run.dtype, 1
+        model, sequences, run.dist.device, run.dtype, 1, run.autocast
     )
     return dataclasses.replace(run, cfg=cfg, model=model)
 
@@ -477,9 +473,13 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
 
         for work in (micro_batch, update):  # memory is allocated, kernels are chosen
             work()
-        passes = cfg.total_batch_size // (cfg.seq_len * cfg.micro_batch_size)
-        seconds = passes * _seconds(micro_batch, device) + _seconds(update, device)
-        watts = _watts_during(micro_batch, device)
+        meter, start = energy.EnergyMeter(device, every=0.25), time.monotonic()
+        seconds = _seconds(micro_batch, device)
+        joules, elapsed = meter.take(), time.monotonic() - start
+        meter.close()
+        seconds *= cfg.total_batch_size // (cfg.seq_len * len(ids))
+        seconds += _seconds(update, device)
+        watts = joules / elapsed if joules else None
     except RuntimeError as error:  # most of all: out of memory
         reason = str(error).splitlines()[0][:200]
         report.add("PROBLEM", name, f"a training step failed: {reason}", "--micro_batch_size 1")
@@ -490,7 +490,7 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
     text = (
         f"{cfg.model} ({cfg.n_layer} layers, width {cfg.n_embd}, context {cfg.seq_len}): "
         f"{rate:,.0f} tokens/s in {cfg.dtype}, measured with "
-        f"{cfg.micro_batch_size} sequence(s) a pass"
+        f"{len(ids)} sequence(s) a pass"
     )
     report.add("ok", name, text)
     return rate, watts
@@ -508,21 +508,6 @@ def _seconds(work, device: torch.device) -> float:
     return statistics.median(times)
 
 
-def _watts_during(work, device: torch.device) -> float | None:
-    """What an NVIDIA GPU says that it draws (over the last second) while it works."""
-    if device.type != "cuda" or not shutil.which("nvidia-smi"):
-        return None
-    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = ["nvidia-smi", gpu, "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
-    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as answer:
-        while answer.poll() is None:
-            work()
-            machine.wait_for(device)
-        with contextlib.suppress(ValueError):  # "[N/A]"
-            return float(answer.stdout.read())
-    return None
-
-
 def duration(steps: int, batch: int, rate: float, watts: float | None, device: torch.device) -> str:
     """Time and cost of `steps` of `batch` tokens at `rate` tokens per second."""
     hours = steps * batch / rate / 3600
@@ -535,11 +520,11 @@ def duration(steps: int, batch: int, rate: float, watts: float | None, device: t
         if (gpus := torch.cuda.device_count()) > 1:
             text += f"; on {gpus} GPUs at best {hours_and_days(hours / gpus)}"
     if watts is not None:
-        text += f"; {watts * hours / 1000:,.1f} kWh for the GPU at the measured {watts:,.0f} W"
+        text += f", {watts * hours / 1000:,.1f} kWh at the measured {watts:,.0f} W"
     return text
 
 
 def hours_and_days(hours: float) -> str:
     if hours < 1:
-        return f"{60 * hours:.1f} minutes"
+        return f"{3600 * hours:.0f} seconds" if hours < 1 / 30 else f"{60 * hours:.1f} minutes"
     return f"{hours:,.1f} hours" + (f" = {hours / 24:,.1f} days" if hours > 48 else "")

@@ -123,17 +123,18 @@ def checkpoints_kept(cfg) -> int:
 
 
 def log_bytes(run, from_step: int = 0) -> int:
-    """Estimate of what TensorBoard's files grow by until the end, from sizes in LAB_NOTES.md."""
+    """Estimate of what the log folder grows by until the end, from sizes in LAB_NOTES.md."""
     cfg = run.cfg
-    if not cfg.use_tensorboard:
-        return 0
     steps = cfg.max_steps - from_step
+    lines = 550 * steps if cfg.log_jsonl else 0
+    if not cfg.use_tensorboard:
+        return lines
     tensors = 2 * len(list(run.model.parameters()))
     sizes = {"eval_freq": 110, "hellaswag_freq": 40, "sample_freq": 20 + 6 * cfg.sample_tokens}
     sizes["sample_freq"] *= cfg.num_samples
     sizes["histogram_freq"] = 1150 * tensors
     dumps = {name: steps // freq + 1 if (freq := getattr(cfg, name)) else 0 for name in sizes}
-    return 3000 + 400 * steps + sum(dumps[name] * sizes[name] for name in sizes)
+    return lines + 3000 + 400 * steps + sum(dumps[name] * sizes[name] for name in sizes)
 
 
 def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:

@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=4 src/train_improved.py --use_tensorboard
     python src/train_improved.py --resume latest --use_tensorboard
 
-Reads from top to bottom: configuration, model, optimizer, distributed, checkpoints, evaluation,
+Reads from top to bottom: flags, model, optimizer, distributed, checkpoints, evaluation,
 monitoring, training. Mechanisms that stand alone live beside this file: data_shards.py (token
 shards, shuffle, loader), checkpoint_files.py (durable files), tensorboard_log.py (event files),
 hellaswag.py, sample.py, tokenizer.py. Every default and the order of a training step are here.
@@ -23,42 +23,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
+from console import marked
+from flags import check_ranges, flag, merge, parse_flags, to_toml
 from supervisor import StopRequested, Supervisor, begin, is_lost_peer
 
 if __name__ == "__main__":
     begin()  # before the slow imports: from here on Ctrl-C leaves without a traceback
 
-# Threads that wait should sleep, not spin: with anything else running on the machine a CPU step is
-# 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import numpy as np
-import torch
-import torch.distributed
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
-
-import checkpoint_files
-import data_shards
-import energy
-import health
-import hellaswag
-import jsonl_log
-import launch
-import machine
-import muon
-import pretrained
-import run_summary
-import tokenizer
-from chunked_loss import chunked_cross_entropy, next_token_losses
-from console import marked
-from flags import check_ranges, flag, merge, parse_flags, to_toml
-from guard import Guard, GuardGaveUp, LossScale
-from sample import KVCache, generate
-from tokenizer import VOCAB_SIZE
-
-# --- Configuration --------------------------------------------------------------------------------
+# --- Flags ----------------------------------------------------------------------------------------
 # The fields of Config are the flags: one place for type, default, help and unit. None means
 # "decided for you": `resolve` decides, and the start-up summary and config.json say what.
 
@@ -101,6 +73,7 @@ class Config:
         "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
         group="model",
         choices=tuple(RECIPES),
+        overrides=("optimizer", "schedule", "max_steps", "min_lr"),
     )
     model: str | None = flag(
         None,
@@ -197,7 +170,9 @@ class Config:
         None, "validation tokens read each time [2097152; tiny 16384]", least=1
     )
     hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq]")
-    hellaswag_file: str = flag(hellaswag.DEFAULT_FILE, "HellaSwag items as JSON lines")
+    hellaswag_file: str = flag(
+        "data/hellaswag/hellaswag_val.jsonl", "HellaSwag items as JSON lines"
+    )
     sample_freq: int | None = flag(None, "steps between text samples [eval_freq]")
     sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from")
     sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]", least=1)
@@ -263,6 +238,45 @@ class Config:
         resume="machine",
         in_file=False,
     )
+
+
+def parse() -> dict:
+    """The flags that were given, {name: value}; exit code 2 and a sentence for a wrong one."""
+    return parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+
+
+if __name__ == "__main__":
+    parse()  # PyTorch takes a second or more to load: --help and typing errors do not wait for it
+
+# Threads that wait should sleep, not spin: with anything else running on the machine a CPU step is
+# 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint_files
+import data_shards
+import energy
+import health
+import hellaswag
+import jsonl_log
+import launch
+import machine
+import muon
+import pretrained
+import run_summary
+import tokenizer
+from chunked_loss import chunked_cross_entropy, next_token_losses
+from guard import Guard, GuardGaveUp, LossScale
+from sample import KVCache, generate
+from tokenizer import VOCAB_SIZE
+
+# --- Configuration --------------------------------------------------------------------------------
 
 
 def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: int):
@@ -1574,7 +1588,7 @@ def build(run: Run, checkpoint: dict | None):
 
 def main() -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
-    given = parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+    given = parse()
     if given.get("doctor"):
         import doctor
 

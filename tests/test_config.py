@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import pty
 import random
@@ -13,11 +14,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import data_shards
 import flags
+import hellaswag
 import train_improved as ti
-from conftest import ROOT, SCRIPT, SMALL, environment
+from conftest import ROOT, SCRIPT, SMALL, environment, run, write_data
 
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -190,9 +194,21 @@ def print_config(capsys, monkeypatch, *argv) -> str:
     return capsys.readouterr().out
 
 
-def test_print_config_is_read_back_exactly(capsys, monkeypatch, tmp_path):
-    """On the sample corpus: all that is said beside the configuration goes to stderr."""
+@pytest.fixture
+def sample(monkeypatch, tmp_path) -> Path:
+    """A folder to run in whose sample corpus is there already."""
+    folder = write_data(tmp_path / "data" / "sample")
+    shards = []
+    for path in sorted(folder.iterdir()):
+        entry = data_shards.write_shard(path, np.fromfile(path, "<u2")[512:])
+        shards.append(entry | {"split": "val" if "_val_" in path.name else "train"})
+    data_shards.write_manifest(folder, {"version": 1, "shards": shards})
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_print_config_is_read_back_exactly(capsys, monkeypatch, sample):
+    """All that is said beside the configuration goes to stderr."""
     flags_given = (*SMALL, "--max_lr", "7e-4", "--sample_prompt", 'a "b"\té', "--grad_clip", "0")
     first = print_config(capsys, monkeypatch, *flags_given)
     decided = tomllib.loads(first)
@@ -201,12 +217,24 @@ def test_print_config_is_read_back_exactly(capsys, monkeypatch, tmp_path):
     assert decided["micro_batch_size"] >= 1 and decided["dtype"] == "float32"
     assert decided["data_dir"] == ti.SAMPLE_DIR
     assert "run_name" not in decided  # chosen anew for each run
-    path = config_file(tmp_path, first)
+    path = config_file(sample, first)
     assert print_config(capsys, monkeypatch, "--config", path) == first
     other = print_config(capsys, monkeypatch, "--config", path, "--run_name", "x", "--seed", "2")
-    changed = set(other.splitlines()) - set(first.splitlines())
-    assert changed == {'run_name = "x"', "seed = 2"}
-    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "runs").exists()
+    assert set(other.splitlines()) - set(first.splitlines()) == {'run_name = "x"', "seed = 2"}
+    assert not (sample / "checkpoints").exists() and not (sample / "runs").exists()
+
+
+def test_a_file_trains_like_its_flags(sample):
+    """A real run from a file alone."""
+    path = config_file(
+        sample,
+        'model = "tiny"\nn_layer = 2\nn_head = 2\nn_embd = 16\nseq_len = 32\nval_tokens = 512\n'
+        'total_batch_size = 256\nmax_steps = 4\nsample_tokens = 4\ndevice = "cpu"\n'
+        "use_tensorboard = true\nlog_jsonl = true\n",
+    )
+    run("--config", path, "--run_name", "a", cwd=sample, small=False)
+    decided = json.loads((sample / "runs" / "a" / "config.json").read_text())["config"]
+    assert decided["n_embd"] == 16 and decided["config"] == str(path)
 
 
 # --- The recipes ----------------------------------------------------------------------------------
@@ -273,6 +301,22 @@ def test_every_flag_has_group_and_default(capsys):
         (entry,) = re.findall(rf"^  --{field.name}\b(?:.*\n)+?(?=  -|\n|\Z)", text, re.M)
         assert re.search(r"\[[^\]]+\]\s*$", entry), entry
     assert text.count("\n\n") > 8  # groups
+
+
+def test_flags_are_read_before_pytorch_is_loaded():
+    """--help is answered where PyTorch cannot even be imported."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"
+        "sys.argv = ['train_improved.py', '--help']\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    path = {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment() | path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--max_lr FLOAT" in done.stdout, done.stderr
+    assert ti.Config.hellaswag_file == hellaswag.DEFAULT_FILE  # the one default known twice
 
 
 def completions(line: str, **env) -> subprocess.CompletedProcess:

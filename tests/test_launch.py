@@ -1,0 +1,119 @@
+"""Slurm's environment, as srun sets it, and two real processes that find each other by it."""
+
+import subprocess
+import sys
+
+import pytest
+
+import launch
+from conftest import SCRIPT, SMALL, environment, run
+from test_training import checkpoint, logged
+
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "gpu[007-008,011]",
+}
+
+
+@pytest.mark.parametrize(
+    "nodes, host",
+    [
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("gpu[007-008,011]", "gpu007"),
+        ("gpu[3,5-9],login", "gpu3"),
+        ("tux[12]", "tux12"),
+        ("rack[0-1]node[01-16],x", "rack0node01"),
+        ("node[1-2]-ib,other[3-4]", "node1-ib"),
+    ],
+)
+def test_first_host(nodes, host):
+    assert launch.first_host(nodes) == host
+
+
+def adopted(**changes) -> dict:
+    """The environment after adopt_slurm, started from STEP; None removes a variable."""
+    env = {k: v for k, v in (STEP | changes).items() if v is not None}
+    launch.adopt_slurm(env)
+    return env
+
+
+def test_a_step_of_several_tasks():
+    env = adopted()
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("5", "8", "1")
+    assert env["MASTER_ADDR"] == "gpu007"
+    port = int(env["MASTER_PORT"])
+    assert 15_000 <= port < 30_000
+    assert adopted(SLURM_PROCID="0")["MASTER_PORT"] == str(port)
+    assert adopted(SLURM_STEP_ID="1")["MASTER_PORT"] != str(port)
+    assert adopted(SLURM_JOB_ID="4712")["MASTER_PORT"] != str(port)
+
+
+def test_a_step_on_a_part_of_the_jobs_nodes():
+    assert adopted(SLURM_STEP_NODELIST="gpu011")["MASTER_ADDR"] == "gpu011"
+
+
+def test_what_the_user_exported_stays():
+    env = adopted(MASTER_ADDR="10.0.0.1", MASTER_PORT="29501")
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["RANK"]) == ("10.0.0.1", "29501", "5")
+
+
+@pytest.mark.parametrize(
+    "visible, local_rank", [(None, "1"), ("0,1", "1"), ("3", "0"), ("", "1"), ("GPU-5f", "0")]
+)
+def test_a_process_that_sees_one_gpu_uses_that(visible, local_rank):
+    assert adopted(CUDA_VISIBLE_DEVICES=visible)["LOCAL_RANK"] == local_rank
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict.fromkeys(STEP),  # no Slurm at all
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},  # torchrun under srun
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"},
+        {"SLURM_STEP_ID": None, "SLURM_STEP_NUM_TASKS": None},  # the batch script itself
+        {"SLURM_STEP_ID": "4294967291"},  # the same, where it is a step with a number
+        {"SLURM_STEP_ID": "4294967290"},  # the shell of salloc
+    ],
+)
+def test_everything_else_is_left_alone(changes):
+    env = {k: v for k, v in (STEP | changes).items() if v is not None}
+    before = dict(env)
+    launch.adopt_slurm(env)
+    assert env == before
+
+
+def test_a_torn_environment_is_an_error():
+    with pytest.raises(ValueError, match="SLURM_LOCALID"):
+        adopted(SLURM_LOCALID=None)
+
+
+def test_srun_trains_like_one_process(tmp_path, data):
+    """Two processes with nothing but what srun sets (a local one: its host is this one)."""
+    flags = "--max_steps 6 --eval_freq 3 --sample_freq 0 --use_tensorboard".split()
+    run(*flags, "--run_name", "one", cwd=tmp_path, data=data)
+    slurm = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
+    command = [sys.executable, str(SCRIPT), *SMALL, "--data_dir", str(data), *flags]
+    processes = [
+        subprocess.Popen(
+            [*command, "--run_name", "two"],
+            cwd=tmp_path,
+            env=environment() | slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    (out, err), (silent, _) = (p.communicate(timeout=300) for p in processes)
+    assert [p.returncode for p in processes] == [0, 0], err
+    assert "Slurm step 4711.0: 2 processes, meeting at localhost:" in err
+    assert "2 process(es)" in out and silent == ""
+    one, two = (logged(tmp_path / "runs" / name)["Loss/train"] for name in ("one", "two"))
+    assert [v for _, v in two] == pytest.approx([v for _, v in one], rel=1e-5)
+    assert checkpoint(tmp_path, 6, "two").exists()
