@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import contextlib
 import functools
 import inspect
 import io
