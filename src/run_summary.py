@@ -251,6 +251,8 @@ def farewell(run) -> str:
             command += f" --{name} {getattr(cfg, name)}"
     if finished:
         command += f" --max_steps {2 * cfg.max_steps}"
+    elif not checkpoint_files.list_checkpoints(run.checkpoint_folder):
+        command = "the same command again, nothing is saved yet"
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
         f"after {format_seconds(state.train_seconds)} of training{energy}{loss}",

@@ -22,6 +22,7 @@ watching thread ends them once rank 0 has said that it is done.
 
 import contextlib
 import faulthandler
+import io
 import os
 import signal
 import sys
@@ -46,7 +47,8 @@ def begin() -> None:
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     signal.signal(signal.SIGUSR1, lambda number, frame: None)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
     sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
 
 

@@ -775,7 +775,7 @@ def load_checkpoint(path: Path) -> dict:
     # Before a model of that size is built: the weights are what the configuration says.
     weights, config = checkpoint["model"], checkpoint["config"]
     shapes = [getattr(weights.get(f"transformer.{n}.weight"), "shape", ()) for n in ("wte", "wpe")]
-    layers = sum(name.endswith(".ln_1.weight") for name in weights)
+    layers = sum(str(name).endswith(".ln_1.weight") for name in weights)
     there = [*shapes[0][1:], *shapes[1][:1], layers]
     if there != [config.get(name) for name in ("n_embd", "seq_len", "n_layer")]:
         raise ValueError(f"{path} is no checkpoint of this program: its weights have other shapes")

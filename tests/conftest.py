@@ -13,6 +13,7 @@ import pytest
 import data_shards
 import tokenizer
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "src" / "train_improved.py"
 # Small enough for a step of about 20 ms, in fp32 so that numbers can be compared closely.
@@ -42,7 +43,7 @@ def start(
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command += [*torchrun, script, *before, *(SMALL if small else ())]
     command += ["--data_dir", data] if data is not None else []
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [str(word) for word in [*command, *flags]],
         cwd=cwd,
         env=environment(),
@@ -51,6 +52,22 @@ def start(
         text=True,
         start_new_session=True,
     )
+    started.append(process)
+    return process
+
+
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """What a test that failed has started. (torchrun's workers notice its end.)"""
+    yield
+    while started:
+        process = started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def run(*flags, expect=0, timeout=300, **options):

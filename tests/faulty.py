@@ -7,7 +7,7 @@
 `exit`                         rank 1 ends in step FIRST
 `crash`, `hang`                kill -9, or no end, in an evaluation from step FIRST on
 `memory`                       from step FIRST on enough for LAST sequences at a time
-`slow`                         an evaluation in pieces of LAST seconds each
+`slow`                         evaluations from step FIRST on in pieces of LAST seconds each
 `save`                         death at file-system call LAST of save FIRST
 `data`                         the last rank's data cannot be read from step FIRST on
 `stall`                        reading data from step FIRST on never ends
@@ -69,7 +69,7 @@ def faulty_validation_loss(run):
         if kind == "crash":
             os.kill(os.getpid(), 9)
         time.sleep(3600)
-    if kind == "slow":
+    if kind == "slow" and run.state.step >= first:
         ti.EVAL_TOKENS = run.cfg.seq_len  # a batch of one window
         read = run.val_data.windows_in_order
         run.val_data.windows_in_order = lambda index: (time.sleep(last), read(index))[1]
