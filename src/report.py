@@ -275,11 +275,10 @@ def differing(runs: list[Run]) -> list[str]:
     ]
     asked = {"model"}.union(*(run.record.get("asked", ()) for run in known))
     names = [name for name in names if name in asked] or names
-    if {"max_lr", "min_lr"} <= set(names) and all(  # the default
-        math.isclose(run.params.get("min_lr") or 0, 0.1 * (run.params.get("max_lr") or 0))
-        for run in known
-    ):
-        names.remove("min_lr")
+    rates = [(run.params.get("max_lr"), run.params.get("min_lr")) for run in known]
+    numbers = all(isinstance(rate, int | float) for pair in rates for rate in pair)
+    if "min_lr" in names and numbers and all(math.isclose(low, 0.1 * top) for top, low in rates):
+        names.remove("min_lr")  # the default, which follows from max_lr
     return names
 
 
