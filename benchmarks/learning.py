@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         if not colon:
             parser.error(f"--arm {text!r}: write a name, a colon and the flags")
         args.all_arms[name.strip()] = flags.strip()
-    args.arms = args.arms or list(args.all_arms)
+    args.arms = args.arms or [name for name in args.all_arms if name != REFERENCE]
     unknown = [name for name in args.arms if name not in args.all_arms]
     if unknown:
         parser.error(f"--arms {unknown[0]}: there are {', '.join(args.all_arms)}")
@@ -213,11 +213,12 @@ def crossing(points: list[tuple[float, float]], target: float) -> float:
     """Share of tokens at which the line through (log share, loss) reaches target.
 
     points: (share, loss), at least two. Least squares; beyond the points it is an extrapolation.
+    Infinite if more tokens do not help.
     """
     x = [math.log(share) for share, _ in points]
     y = [loss for _, loss in points]
     slope, intercept = statistics.linear_regression(x, y)
-    return math.exp((target - intercept) / slope)
+    return math.exp((target - intercept) / slope) if slope < 0 else math.inf
 
 
 def summarise(runs: list[dict]) -> dict:
@@ -227,7 +228,7 @@ def summarise(runs: list[dict]) -> dict:
     reference = {}
     for arm in sorted({r["arm"] for r in runs}, key=lambda a: (a != REFERENCE, a)):
         mine = [r for r in runs if r["arm"] == arm]
-        longest = max(r["steps"] for r in mine if arm == REFERENCE or r["steps"] < length)
+        longest = max(r["steps"] for r in mine)
         best = min((r for r in mine if r["steps"] == longest), key=lambda r: r["loss"])
         tuned = [r for r in mine if r["max_lr"] == best["max_lr"]]
         finals = {r["seed"]: r["loss"] for r in tuned if r["steps"] == longest}
@@ -247,14 +248,13 @@ def summarise(runs: list[dict]) -> dict:
         if arm == REFERENCE:
             reference = finals
         shares = []
-        for seed in finals:
+        for seed in finals if arm != REFERENCE else ():
             points = [(r["steps"] / length, r["loss"]) for r in tuned if r["seed"] == seed]
             if len(points) > 1 and seed in reference:
                 shares.append(crossing(points, reference[seed]))
-        if arm == REFERENCE:
-            shares = []  # by definition 1
         if shares:
             row |= {"tokens": statistics.mean(shares), "tokens_range": [min(shares), max(shares)]}
+            row["shortest"] = min(r["steps"] for r in tuned) / length
         table[arm] = row
     return table
 
@@ -269,6 +269,8 @@ def print_table(title: str, table: dict) -> None:
         if "tokens" in row:
             low, high = row["tokens_range"]
             tokens = f"{row['tokens']:.2f} ({low:.2f} to {high:.2f})"
+            if not row["shortest"] <= row["tokens"] <= row["share"]:
+                tokens += ", extrapolated"
         spread = f"{row['range']:.4f} ({row['seeds']})" if row["seeds"] > 1 else "one seed"
         cost = row["cpu_seconds_per_step"] / base["cpu_seconds_per_step"]
         print(
