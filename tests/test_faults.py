@@ -1,13 +1,16 @@
 """Faults in mid-run: skipped, healed, or stopped with the work saved and one clear sentence."""
 
+import fcntl
 import math
 import os
 import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -256,6 +259,7 @@ def test_output_that_goes_nowhere_does_not_cost_the_work(tmp_path, data, kind):
     if pid == 0:
         os.chdir(tmp_path)
         os.execve(sys.executable, command, environment())
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     seen = b""
     while b"loss" not in seen:
         seen += os.read(terminal, 4096)
