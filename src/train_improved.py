@@ -629,12 +629,17 @@ def restore(run: "Run", checkpoint: dict) -> None:
         group |= ours  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
-        t.to(device) for t in checkpoint["loss_scale"]
+        t.to(device, copy=True) for t in checkpoint["loss_scale"]
     )
+    # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
+    for moments in run.optimizer.state.values() if device.type == "cpu" else ():
+        moments |= {k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)}
     torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
     if device.type == "cuda" and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
     for name, value in checkpoint["state"].items():
+        if name.startswith("health_"):  # of another version, or forged: what is known counts
+            value = getattr(TrainState(), name) | value
         setattr(run.state, name, value)
 
 
@@ -1186,6 +1191,7 @@ def main() -> int:
             return 0
         dist.on_main(lambda: preflight(run, checkpoint))
         train_model, loader, saver, monitor = build(run, checkpoint)
+        checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
