@@ -1228,11 +1228,13 @@ def main() -> int:
     monitor.close(finished=run.state.step >= run.cfg.max_steps)
     monitor.say(run_summary.farewell(run))
     supervisor.leave(code)
-    if code == 0 and run.state.step >= run.cfg.max_steps:
-        dist.leave()
-        return 0
     sys.stdout.flush()
-    os._exit(code)  # other ranks may be inside a collective: nothing may wait for them
+    sys.stderr.flush()
+    if code or dist.world_size > 1:
+        # Other ranks may be inside a collective, and threads of the process group abort a process
+        # now and then when Python takes everything down: nothing waits for them.
+        os._exit(code)
+    return 0
 
 
 if __name__ == "__main__":
