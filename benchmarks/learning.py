@@ -102,8 +102,8 @@ def run_flags(args, arm: str, max_lr: float, seed: int, steps: int) -> list[str]
         "max_steps": steps,
         "max_lr": f"{max_lr:g}",
         "seed": seed,
-        "eval_freq": max(1, steps // 12),
-        "val_tokens": 131_072,
+        "eval_freq": max(1, steps // 6),
+        "val_tokens": 65_536,
         "data_dir": args.data_dir,
     }
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

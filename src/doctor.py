@@ -71,8 +71,6 @@ def examine(given: dict) -> int:
         # What planning has to say beside errors, the lines below say too.
         with contextlib.redirect_stdout(io.StringIO()):
             dist = ti.Distributed(given.get("device"), ti.Config.hang_timeout)
-            if dist.device.type == "cpu":
-                machine.keep_freed_memory()
             run, _ = ti.set_up(given | {"dry_run": True}, dist)
         cfg, device = run.cfg, dist.device
     except ValueError as error:

@@ -14,19 +14,38 @@ from chunked_loss import PADDED_VOCAB, chunk_rows
 from console import marked
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of a command's --device, tried and prepared; without a name the best there is."""
+def choose_device(name: str | None, local_rank: int = 0, world_size: int = 1) -> torch.device:
+    """The device of --device for this process, prepared; without a name the best there is."""
     if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and world_size == 1:
+            name = "mps"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch built without CUDA
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}; try cpu") from None
-    if name == "cpu":
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"--device {name}: is no device of PyTorch; use cuda, cpu or mps"
+        ) from None
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    index = local_rank if device.index is None else device.index
+    if not there.get(device.type) or (device.type == "cuda" and index >= there["cuda"]):
+        raise ValueError(
+            f"--device {name}: not available to process {local_rank} here, PyTorch "
+            f"{torch.__version__} sees {there['cuda']} CUDA device(s); use --device cpu, or "
+            "fewer processes"
+        )
+    if device.type == "cpu":
         keep_freed_memory()
-    return torch.device(name)
+    if device.type != "cuda":
+        return device
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def best_dtype(device: torch.device) -> str:

@@ -728,6 +728,8 @@ class TensorBoardLog:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._stop(error)
+            if isinstance(error, FileNotFoundError):
+                self._retry_at = 0.0  # a new file may well be possible at once
 
     def close(self) -> None:
         if self._closed:

@@ -21,10 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import ClassVar
 
 from console import marked
-from flags import check_ranges, flag, merge, parse_flags, to_toml
+from flags import flag, parse_flags, to_toml
 from supervisor import StopRequested, Supervisor, begin, is_lost_peer
 
 if __name__ == "__main__":
@@ -257,14 +256,11 @@ import torch
 import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoint_files
 import data_shards
-import energy
 import health
 import hellaswag
-import jsonl_log
 import launch
 import machine
 import muon
@@ -273,48 +269,19 @@ import run_summary
 import tokenizer
 from chunked_loss import chunked_cross_entropy, next_token_losses
 from guard import Guard, GuardGaveUp, LossScale
+from monitor import Monitor, due, evaluation_due
+from planning import (
+    build_sample_corpus,
+    find_checkpoint,
+    merge_config,
+    plan_decay,
+    preflight,
+    validate,
+)
 from sample import KVCache, generate
 from tokenizer import VOCAB_SIZE
 
 # --- Configuration --------------------------------------------------------------------------------
-
-
-def merge_config(given: dict, checkpoint: dict | None, device: str, world_size: int):
-    """Flags over checkpoint over defaults -> (Config, sentences that say what changed).
-
-    ValueError for a flag that asks for another model than the checkpoint holds.
-    """
-    if checkpoint is None:
-        return merge(Config, given, None, False, set())
-    saved, made_on = checkpoint["config"], checkpoint["machine"]
-    saved = {"optimizer": "adamw"} | saved
-    if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
-        raise ValueError(
-            f"--optimizer {given['optimizer']} does not fit the checkpoint, which holds the state "
-            f"of {saved['optimizer']}: leave --optimizer out, or start anew"
-        )
-    preset = PRESETS.get(given.get("model"), saved)
-    for name in ("n_layer", "n_head", "n_embd", "seq_len"):
-        if given.get(name, preset[name]) != saved[name]:
-            raise ValueError(
-                f"--{name} {given.get(name, preset[name])} does not fit the checkpoint, whose "
-                f"model has {name} {saved[name]}: leave --model and --{name} out, or start anew"
-            )
-    if given.get("init_from", saved.get("init_from")) != saved.get("init_from"):
-        raise ValueError(
-            f"--init_from {given['init_from']}: the checkpoint to resume began with "
-            f"{saved.get('init_from') or 'random weights'} and has its own by now; leave out "
-            "--init_from to resume, --resume to start anew"
-        )
-    # A value that was derived is derived again when what it came from is given anew.
-    derived_from = {
-        "max_steps": {"epochs", "total_batch_size", "data_dir"},
-        "min_lr": {"max_lr", "schedule"},
-    }
-    asked = set(checkpoint["asked"])
-    stale = {n for n, sources in derived_from.items() if n not in asked and sources & set(given)}
-    same_machine = made_on == {"device_type": device, "world_size": world_size}
-    return merge(Config, given, saved, same_machine, stale)
 
 
 def resolve_model(cfg: Config, device: str) -> None:
@@ -373,42 +340,6 @@ def resolve_length(cfg: Config, train_tokens: int) -> None:
     if cfg.warmup_steps is None:
         longest = WSD_WARMUP if cfg.schedule == "wsd" else cfg.max_steps // 10
         cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), longest)
-
-
-def validate(cfg: Config, world_size: int) -> None:
-    """ValueError for what cannot work: the flag, its value and the fix. None is not decided yet."""
-    check_ranges(cfg)
-
-    def need(ok: bool, name: str, what: str):
-        if not ok:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: {what}")
-
-    need(cfg.decay_share < 1, "decay_share", "must be below 1")
-    need(cfg.momentum < 1, "momentum", "must be below 1")
-    need(cfg.beta1 < 1, "beta1", "must be below 1")
-    need(cfg.beta2 < 1, "beta2", "must be below 1")
-    need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
-    need(cfg.min_lr <= cfg.max_lr, "min_lr", f"must not be above --max_lr {cfg.max_lr:g}")
-    prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
-    need(prompt > 0, "sample_prompt", "must not be empty")
-    need(
-        prompt + cfg.sample_tokens <= cfg.seq_len or cfg.sample_freq == 0,
-        "sample_tokens",
-        f"with the prompt's {prompt} does not fit into --seq_len {cfg.seq_len}",
-    )
-    need(cfg.val_tokens >= cfg.seq_len, "val_tokens", f"is less than one --seq_len {cfg.seq_len}")
-    micro = cfg.micro_batch_size or 1
-    unit = cfg.seq_len * world_size * micro
-    nearest = max(unit, round(cfg.total_batch_size / unit) * unit)
-    need(
-        cfg.total_batch_size % unit == 0,
-        "total_batch_size",
-        f"must be a multiple of {unit} = {cfg.seq_len} tokens x {world_size} process(es) x "
-        f"micro-batch {micro}; the nearest is {nearest}",
-    )
-    if cfg.max_steps is not None and cfg.warmup_steps is not None:
-        fits = cfg.warmup_steps <= cfg.max_steps
-        need(fits, "warmup_steps", f"is more than the run's {cfg.max_steps} steps")
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -552,28 +483,6 @@ def last_stable_step(cfg: Config) -> int | None:
     return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
 
 
-def plan_decay(given: dict, checkpoint: dict) -> dict:
-    """Flags that let a stable wsd run decay from this checkpoint on, in the same share of the run.
-
-    ValueError where the checkpoint is not from such a run's stable part.
-    """
-    saved, step = Config(**checkpoint["config"]), checkpoint["step"]
-    if saved.schedule != "wsd":
-        what = f"of --schedule {saved.schedule}, and only wsd has a stable part to decay from"
-    elif not saved.warmup_steps <= step <= last_stable_step(saved):
-        what = (
-            f"of step {step}; the run was stable from step {saved.warmup_steps} to "
-            f"{last_stable_step(saved)}"
-        )
-    else:
-        share = given.get("decay_share", saved.decay_share)
-        max_steps = given.get("max_steps", round(step / (1 - share)))
-        if max_steps <= step:
-            raise ValueError(f"--max_steps {max_steps}: the decay begins at step {step}, give more")
-        return {"max_steps": max_steps, "decay_share": (max_steps - step) / max_steps}
-    raise ValueError(f"--decay_from {given['decay_from']}: is a checkpoint {what}")
-
-
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     """Weight decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
     hidden = []  # the matrices inside the blocks
@@ -611,7 +520,7 @@ class Distributed:
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.local_rank = int(env.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0
-        self.device = self._choose(device)
+        self.device = machine.choose_device(device, self.local_rank, self.world_size)
         self.store = None
         if self.world_size > 1:
             timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
@@ -636,36 +545,6 @@ class Distributed:
         )
         attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         return torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-
-    def _choose(self, name: str | None) -> torch.device:
-        if name is None:
-            name = "cpu"
-            if torch.cuda.is_available():
-                name = "cuda"
-            elif torch.backends.mps.is_available() and self.world_size == 1:
-                name = "mps"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ValueError(
-                f"--device {name}: is no device of PyTorch; use cuda, cpu or mps"
-            ) from None
-        there = {
-            "cpu": 1,
-            "cuda": torch.cuda.device_count(),
-            "mps": torch.backends.mps.is_available(),
-        }
-        index = self.local_rank if device.index is None else device.index
-        if not there.get(device.type) or (device.type == "cuda" and index >= there["cuda"]):
-            raise ValueError(
-                f"--device {name}: not available to process {self.local_rank} here, PyTorch "
-                f"{torch.__version__} sees {there['cuda']} CUDA device(s); use --device cpu, or "
-                "fewer processes"
-            )
-        if device.type != "cuda":
-            return device
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Over all processes, in place."""
@@ -750,12 +629,17 @@ def restore(run: "Run", checkpoint: dict) -> None:
         group |= ours  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
-        t.to(device) for t in checkpoint["loss_scale"]
+        t.to(device, copy=True) for t in checkpoint["loss_scale"]
     )
+    # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
+    for moments in run.optimizer.state.values() if device.type == "cpu" else ():
+        moments |= {k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)}
     torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
     if device.type == "cuda" and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
     for name, value in checkpoint["state"].items():
+        if name.startswith("health_"):  # of another version, or forged: what is known counts
+            value = getattr(TrainState(), name) | value
         setattr(run.state, name, value)
 
 
@@ -785,35 +669,6 @@ def load_checkpoint(path: Path) -> dict:
             f"{tokenizer.fingerprint()}: its token ids would mean other text"
         )
     return checkpoint
-
-
-def find_checkpoint(
-    resume: str | None, run_name: str | None, checkpoint_dir: Path, restarted: bool
-) -> Path | None:
-    """The file that --resume means; None: for auto, where there is nothing to resume.
-
-    restarted: run_name is what an earlier attempt of this torchrun began. Its newest checkpoint
-    counts then, unless --resume names a file that is further.
-    """
-    by_path = resume not in (None, "latest", "auto")
-    path, skipped = None, []
-    if run_name is not None and (restarted or resume in ("latest", "auto")):
-        path, skipped = checkpoint_files.find_latest(checkpoint_dir / run_name)
-    # Under auto a named run that has no checkpoint yet starts fresh: a restart is not a transfer.
-    if path is None and (resume == "latest" or (resume == "auto" and run_name is None)):
-        path, more = checkpoint_files.find_latest_anywhere(checkpoint_dir)
-        skipped += [entry for entry in more if entry not in skipped]
-    for bad, reason in skipped:
-        print(f"skipped {bad}: {reason}", file=sys.stderr)
-    if path is None and resume == "latest":
-        raise ValueError(
-            f"--resume latest: no valid checkpoint under {checkpoint_dir}; leave --resume out to "
-            "start a new run, or use --resume auto in scripts"
-        )
-    if by_path and path is not None:
-        came_to, named = (checkpoint_files.read_info(p).get("step", 0) for p in (path, resume))
-        return path if came_to > named else Path(resume)
-    return Path(resume) if by_path else path
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -878,230 +733,6 @@ def samples(run: "Run") -> list[str]:
     return [cfg.sample_prompt + enc.decode(row) for row in rows]
 
 
-# --- Monitoring -----------------------------------------------------------------------------------
-
-
-class Monitor:
-    """The console and TensorBoard behind one object: every tag and every line of output is here.
-
-    Does nothing on ranks other than 0.
-    """
-
-    # Groups and charts of the custom-scalars tab.
-    LAYOUT: ClassVar = {
-        "Training": {
-            "Loss": ["Loss/train", "Loss/validation"],
-            "Learning rate": ["Learning_Rate/lr"],
-            "Tokens seen": ["Training/tokens"],
-        },
-        "Stability": {
-            "Gradient norm": ["Gradient/norm", "Gradient/norm_unclipped"],
-            "Skipped updates and roll-backs": ["Training/skipped_updates", "Training/rollbacks"],
-            "Update-to-weight ratio": ["Update_Ratio/.*"],
-            "Warnings": ["Health/warnings", "Performance/warnings"],
-        },
-        "Speed": {
-            "Tokens per second": ["Performance/tokens_per_sec"],
-            "Step time (ms)": ["Performance/step_time_ms"],
-            "MFU": ["Performance/mfu"],
-            "Hours left": ["Performance/eta_hours"],
-            "Cost so far": ["Performance/device_hours", "Performance/kwh"],
-        },
-        "Evaluation": {
-            "HellaSwag": ["Evaluation/hellaswag_accuracy"],
-            "Validation loss by position": ["Loss_by_Position/.*"],
-        },
-    }
-    METRICS = ("Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy")
-    COLUMNS = ("max_lr", "max_steps", "model", "optimizer", "total_batch_size")  # HParams at first
-    POSITIONS = 8  # parts of the context in Loss_by_Position
-    LINE_EVERY = 10  # steps between lines where there is no progress bar
-
-    def __init__(self, run: "Run", peak_flops: float):
-        cfg, state = run.cfg, run.state
-        self.cfg, self.active, self.peak_flops = cfg, run.dist.is_main, peak_flops
-        self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
-        if not self.active:
-            return
-        self.health = health.Health(run, run_summary.speed_depends_on(run))
-        self.meter = energy.EnergyMeter(run.dist.device)
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
-            )
-        self.folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
-        fresh = state.step == 0 and state.evaluated_step < 0
-        first_step = 0 if fresh else state.step + 1
-        elsewhere = run.resumed_from is not None and not run.resumes_own_name
-        if cfg.log_jsonl:
-            self.jsonl = jsonl_log.JsonLinesLog(
-                self.folder / "metrics.jsonl", first_step, self.say, new_timeline=elsewhere
-            )
-        if cfg.use_tensorboard:
-            import tensorboard_log  # not loaded without the flag
-
-            self.new_log = tensorboard_log.TensorBoardLog
-            self.log = self.new_log(self.folder, first_step, self.say, new_timeline=elsewhere)
-            charts = {
-                # tags are regular expressions there: without $ validation brings validation_best
-                group: {
-                    title: ["Multiline", [f"{t}$" for t in tags]] for title, tags in charts.items()
-                }
-                for group, charts in self.LAYOUT.items()
-            }
-            self.log.layout(charts)
-            fields = dataclasses.fields(cfg)
-            numeric = [f.name for f in fields if f.type in (int | None, float | None)]
-            self.log.hparams(dataclasses.asdict(cfg), self.METRICS, numeric, self.COLUMNS)
-
-    def say(self, text: str) -> None:
-        if self.active:
-            text = marked(text)
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for log in filter(None, (self.log, self.jsonl)):
-            log.scalars(values, step)
-
-    def standing(self, run: "Run") -> dict[str, float]:
-        """What is written at a look and with each evaluation: warnings that are on, cost so far."""
-        state = run.state
-        values = {
-            "Health/warnings": self.health.active(timed=False),
-            "Performance/warnings": self.health.active(timed=True),
-            "Performance/device_hours": state.device_seconds / 3600,
-        }
-        if self.meter.works:
-            values["Performance/kwh"] = state.watt_seconds / 3.6e6
-        return values
-
-    def energy(self) -> float:
-        """Joules that the devices used since the last call; 0 where they do not report it."""
-        return self.meter.take() if self.active else 0.0
-
-    def tell(self, news: list[tuple[health.Check, str]], step: int) -> None:
-        """Warnings that begin or end. Those about speed apart: two equal runs differ in them."""
-        for timed, tag in ((False, "Health/warnings"), (True, "Performance/warnings")):
-            texts = [text for check, text in news if check.timed == timed]
-            for text in texts:
-                self.say(text)
-            if self.log is not None and texts:
-                self.log.text(tag, "\n".join(texts), step)
-
-    def step(
-        self, run: "Run", loss: float, norm: float, bad: bool, lr: float, seconds: float,
-        norms: list[float],
-    ) -> None:  # fmt: skip
-        """One finished step; norms of its update and of the weights at a look, else empty."""
-        cfg, state = self.cfg, run.state
-        if not self.active:
-            return
-        rate = cfg.total_batch_size / seconds
-        mfu = rate * run.model.flops_per_token() / (self.peak_flops * run.dist.world_size)
-        left = (cfg.max_steps - state.step) * seconds
-        applied = min(norm, cfg.grad_clip) if cfg.grad_clip and not math.isnan(norm) else norm
-        values = {
-            "Loss/train": loss,
-            "Learning_Rate/lr": lr,
-            "Gradient/norm": 0.0 if bad else applied,
-            "Gradient/norm_unclipped": norm,
-            "Performance/step_time_ms": 1000 * seconds,
-            "Performance/tokens_per_sec": rate,
-            "Performance/mfu": mfu,
-            "Performance/eta_hours": left / 3600,
-            "Performance/goodput": state.train_seconds / max(state.total_seconds, 1e-9),
-            "Training/epoch": state.position / run.train_data.num_windows,
-            "Training/tokens": state.step * cfg.total_batch_size,
-            "Training/skipped_updates": state.skipped_updates,
-            "Training/rollbacks": state.rollbacks,
-        }
-        if run.dist.device.type == "cuda":
-            values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        news = self.health.step(loss, norm, bad, lr, seconds, norms)
-        if norms and not bad:
-            ratios = self.health.layer_ratios(norms)
-            values |= {f"Update_Ratio/{layer}": ratio for layer, ratio in ratios.items()}
-        if health.look_due(state.step) and not evaluation_due(state, cfg):
-            values |= self.standing(run)
-        self.scalars(values, state.step)
-        self.tell(news, state.step)
-        if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s", refresh=False
-            )
-            self.bar.update(state.step - self.bar.n)
-        elif state.step % self.LINE_EVERY == 0 or state.step - self.lines_from <= 3:
-            self.say(
-                f"step {state.step:>5}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} "
-                f"| norm {norm:.2f} | {1000 * seconds:,.0f} ms | {rate:,.0f} tok/s "
-                f"| {run_summary.format_seconds(left)} left"
-            )
-
-    def evaluation(self, run: "Run", by_position, texts: list[str], seconds: float) -> None:
-        """What `evaluate` found at this step: validation loss (T,) or None, samples."""
-        state, cfg, line = run.state, self.cfg, []
-        if not self.active:
-            return
-        values = {}
-        if by_position is not None:
-            values["Loss/validation"] = state.validation_loss
-            values["Loss/validation_best"] = state.best_loss
-            line.append(f"validation loss {state.validation_loss:.4f}")
-            for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
-                name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
-                values[f"Loss_by_Position/{name}"] = float(by_position[part].mean())
-        scored = bool(run.hellaswag_items) and due(cfg.hellaswag_freq, state, cfg)
-        if scored:
-            values["Evaluation/hellaswag_accuracy"] = state.hellaswag
-            line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
-        loss = None if by_position is None else state.validation_loss
-        news = self.health.evaluation(loss, state.hellaswag if scored else None)
-        self.scalars(values | self.standing(run), state.step)
-        if line:
-            self.say(f"step {state.step:>5}: {', '.join(line)} ({seconds:.1f} s)")
-        self.tell(news, state.step)
-        for text in texts:
-            self.say(f"step {state.step:>5} sample: {text!r}")
-        if self.log is not None and texts:
-            self.log.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
-
-    def histograms(self, model: GPT, step: int) -> None:
-        """Of every weight and of its gradient as it was applied."""
-        if self.log is not None:
-            tensors = {}
-            for name, p in model.named_parameters():
-                tensors[f"Parameters/{name}"] = p.detach()
-                if p.grad is not None:
-                    tensors[f"Gradients/{name}"] = p.grad
-            self.log.histograms(tensors, step)
-
-    def rewind(self, first_step: int) -> None:
-        """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""
-        if self.log is not None:
-            self.log.close()
-            self.log = self.new_log(self.folder, first_step, self.say)
-        if self.jsonl is not None:
-            self.jsonl.rewind(first_step)
-        if self.bar is not None:
-            self.bar.n = first_step - 1
-
-    def flush(self) -> None:
-        for log in filter(None, (self.log, self.jsonl)):
-            log.flush()
-
-    def close(self, finished: bool) -> None:
-        if self.active:
-            self.meter.close()
-        if self.log is not None:
-            if finished:
-                self.log.hparams_end()
-            self.log.close()
-        if self.jsonl is not None:
-            self.jsonl.close()
-        if self.bar is not None:
-            self.bar.close()
-
-
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -1131,17 +762,6 @@ class Run:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.dist.device.type, self.dtype)
-
-
-def due(freq: int, state: TrainState, cfg: Config) -> bool:
-    """Every `freq` steps, at step 0, and at the end; never if freq is 0."""
-    return freq > 0 and (state.step % freq == 0 or state.step == cfg.max_steps)
-
-
-def evaluation_due(state: TrainState, cfg: Config) -> bool:
-    """Whether this step number has an evaluation that is not complete yet."""
-    freqs = (cfg.eval_freq, cfg.hellaswag_freq, cfg.sample_freq)
-    return state.evaluated_step != state.step and any(due(freq, state, cfg) for freq in freqs)
 
 
 def evaluate(run: Run, monitor: Monitor) -> None:
@@ -1388,18 +1008,6 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
 # --- Set-up ---------------------------------------------------------------------------------------
 
 
-def build_sample_corpus() -> None:
-    """A small corpus from text that every Python installation carries, if it is not there yet."""
-    print(
-        f"No data prepared: training on a small sample corpus in {SAMPLE_DIR}, made from the "
-        "documentation inside this Python installation.\nFor the real run prepare FineWeb-Edu: "
-        "python src/prepare_data.py (28 GB download; see QUICK_START.md)",
-        flush=True,
-    )
-    if not Path(SAMPLE_DIR, "manifest.json").exists():
-        data_shards.sample_corpus(SAMPLE_DIR)
-
-
 def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     """From flags to a run whose every default is decided; nothing is written but the sample corpus.
 
@@ -1429,9 +1037,12 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
         path = Path(options.decay_from)
     checkpoint = load_checkpoint(path) if path is not None else None
     if branches_off:
-        given = given | plan_decay(given, checkpoint)
+        saved = Config(**checkpoint["config"])
+        given = given | plan_decay(given, saved, checkpoint["step"], last_stable_step(saved))
 
-    cfg, changes = merge_config(given, checkpoint, dist.device.type, dist.world_size)
+    cfg, changes = merge_config(
+        Config, PRESETS, given, checkpoint, dist.device.type, dist.world_size
+    )
     weights = {}
     if cfg.init_from and checkpoint is None:
         weights = resolve_init(cfg, given, dist)
@@ -1441,7 +1052,7 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
     cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
     if cfg.data_dir == SAMPLE_DIR:
-        dist.on_main(build_sample_corpus)
+        dist.on_main(lambda: build_sample_corpus(SAMPLE_DIR))
     train_data = data_shards.open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
     val_data = data_shards.open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
     if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
@@ -1518,38 +1129,6 @@ def compare_recipes(run: Run, given: dict) -> dict[str, tuple[Config, float]]:
     return plans
 
 
-def preflight(run: Run, checkpoint: dict | None) -> None:
-    """Rank 0: claim the output folders and try them, before anything expensive."""
-    cfg = run.cfg
-    folder = run.checkpoint_folder
-    log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
-    existing = checkpoint_files.list_checkpoints(folder)
-    if existing and not run.resumes_own_name:
-        problem = f"{folder} holds checkpoints up to step {existing[-1].step} already; go on with "
-        problem += "--resume latest"
-        if cfg.resume == "auto":
-            problem = f"none of the checkpoints in {folder} is whole; move them away"
-        raise ValueError(f"--run_name {cfg.run_name}: {problem}, or choose another name")
-    warnings = []
-    for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
-        try:
-            warnings += [checkpoint_files.check_writable(path)]
-        except ValueError as error:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
-        if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
-            run.locks.append(checkpoint_files.RunLock().acquire(path))
-    checkpoint_files.sweep(folder)
-    for beyond in existing if run.resumes_own_name else ():
-        if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
-            beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
-            print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
-    step = checkpoint["step"] if checkpoint else 0
-    warnings += run_summary.disk_warnings(run, step, folder, log_folder)
-    warnings += [run_summary.memory_warning(run), run_summary.store_config(run, log_folder)]
-    for warning in filter(None, warnings):
-        print(marked(f"WARNING {warning}"), flush=True)
-
-
 def build(run: Run, checkpoint: dict | None):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
@@ -1598,8 +1177,6 @@ def main() -> int:
     try:
         launch.adopt_slurm(os.environ)
         dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
-        if dist.device.type == "cpu":
-            machine.keep_freed_memory()
         if given.get("print_config"):
             return print_config(given, dist)
         run, checkpoint = set_up(given, dist)
@@ -1614,6 +1191,7 @@ def main() -> int:
             return 0
         dist.on_main(lambda: preflight(run, checkpoint))
         train_model, loader, saver, monitor = build(run, checkpoint)
+        checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone

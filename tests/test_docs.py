@@ -348,7 +348,7 @@ def test_every_line_of_the_summary_is_explained():
     tree = ast.parse(inspect.getsource(run_summary.plan))
     dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
     names = [key.value for key in max(dicts, key=lambda d: len(d.keys)).keys]
-    section = DOCS["QUICK_START.md"].split("## 2. Check the machine")[1].split("\n## ")[0]
+    section = DOCS["QUICK_START.md"].split("## 4. Look at the plan")[1].split("\n## ")[0]
     sample = next(content for language, content in blocks(section) if language == "text")
     assert [line.split()[0] for line in sample.splitlines()] == names
     assert re.findall(r"^\| `(\w+)` \|", section, re.M) == names

@@ -1,13 +1,16 @@
 """Faults in mid-run: skipped, healed, or stopped with the work saved and one clear sentence."""
 
+import fcntl
 import math
 import os
 import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -150,7 +153,7 @@ def test_a_rank_that_is_stopped_ends_in_bounded_time_with_the_stacks_of_the_othe
     err = "".join(seen) + process.communicate(timeout=100)[1]
     assert process.returncode != 0
     assert f"(process {stopped}, stopped) does not answer" in err
-    assert err.count("no progress for 4 s") + err.count("stacks, because another rank hangs") == 2
+    assert err.count("no progress for 4 s") + err.count("stacks, because another rank hangs") >= 2
     assert err.count("in forward_backward") >= 2
 
 
@@ -256,6 +259,7 @@ def test_output_that_goes_nowhere_does_not_cost_the_work(tmp_path, data, kind):
     if pid == 0:
         os.chdir(tmp_path)
         os.execve(sys.executable, command, environment())
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     seen = b""
     while b"loss" not in seen:
         seen += os.read(terminal, 4096)
@@ -333,8 +337,9 @@ def test_a_restart_does_not_resume_what_the_first_attempt_was_refused(tmp_path, 
 def test_max_hours_saves_and_ends_with_0(tmp_path, data):
     flags = [*LONG, "--max_hours", "0.001"]  # 3.6 seconds
     out, _ = run(*flags, cwd=tmp_path, data=data)
-    assert "--max_hours is over" in out and "stopped at step" in out
-    assert len(list((tmp_path / "checkpoints" / "a").glob("step_*.pt"))) == 1
+    assert "--max_hours is over" in out
+    step = int(re.search(r"stopped at step (\d+)", out)[1])  # 0 on a very slow machine
+    assert saved_steps(tmp_path) == [step] * (step > 0)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, data):
@@ -416,7 +421,7 @@ def test_disk_full_at_a_log_write_does_not_hurt_training(tmp_path, data, small_d
 def test_too_little_space_is_said_before_step_0(tmp_path, data, small_disk):
     (small_disk / "ballast").write_bytes(bytes(20_000_000))
     flags = [*LENGTH, "--checkpoint_dir", small_disk]
-    out, _ = run(*flags, cwd=tmp_path, data=data)
+    out, _ = run(*flags, cwd=tmp_path, data=data, expect=1)  # and it was right
     assert out.index("GB free and a checkpoint takes") < out.index("step     1/20")
     assert out.index("of memory reserved for the copy") < out.index("step     1/20")
 

@@ -194,7 +194,7 @@ def test_forged_checkpoints_end_in_a_sentence(monkeypatch, trained, tmp_path, dr
     before = snapshot(trained / "checkpoints")
     bad, said = tmp_path / "step_00000002.pt", tmp_path / "said.txt"
     codes = set()
-    for number in range(40):
+    for number in range(20):
         forgery, what = forged(draw, state)
         checkpoint_files.save(bad, forgery, {"step": 2})
 

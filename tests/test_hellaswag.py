@@ -424,7 +424,7 @@ def test_command_says_when_figures_are_not_comparable(workplace, capsys):
     write_items(workplace / "other.jsonl", records)
     assert hellaswag.main(["--file", "other.jsonl", "--limit", "2", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert ": 2 items" in text and "no ctx_a and ctx_b" in text
+    assert "\n2 items in" in text and "no ctx_a and ctx_b" in text
 
 
 def test_command_downloads_and_then_says_what_next(workplace, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import muon
+import planning
 import train_improved as ti
 from conftest import run
 from test_training import assert_same_training, checkpoint, logged
@@ -242,22 +243,27 @@ def of_step(step, **values):
 
 def test_what_can_be_branched_off():
     given = {"decay_from": "x.pt"}
-    assert ti.plan_decay(given, of_step(40)) == {"max_steps": 50, "decay_share": 0.2}
-    assert ti.plan_decay(given | {"decay_share": 0.5}, of_step(40))["max_steps"] == 80
-    plan = ti.plan_decay(given | {"max_steps": 60}, of_step(45))
-    cfg = config(schedule="wsd", warmup_steps=3, **plan)
+    saved = ti.Config(**of_step(0)["config"])
+
+    def plan(given, step, saved=saved):
+        return planning.plan_decay(given, saved, step, ti.last_stable_step(saved))
+
+    assert plan(given, 40) == {"max_steps": 50, "decay_share": 0.2}
+    assert plan(given | {"decay_share": 0.5}, 40)["max_steps"] == 80
+    flags = plan(given | {"max_steps": 60}, 45)
+    cfg = config(schedule="wsd", warmup_steps=3, **flags)
     assert ti.learning_rate(45, cfg) == 1.0 and ti.learning_rate(46, cfg) < 1.0
     for step in (2, 81, 100):
         with pytest.raises(ValueError, match=rf"x.pt: .* step {step}; .* from step 3 to 80"):
-            ti.plan_decay(given, of_step(step))
+            plan(given, step)
     with pytest.raises(ValueError, match=r"x.pt: .* of --schedule cosine"):
-        ti.plan_decay(given, of_step(40, schedule="cosine"))
+        plan(given, 40, ti.Config(schedule="cosine"))
 
 
 def test_another_optimizer_on_resume_is_refused():
     with pytest.raises(ValueError, match=r"--optimizer adamw does not fit .* muon"):
-        ti.merge_config({"optimizer": "adamw"}, of_step(4), "cpu", 1)
-    cfg, _ = ti.merge_config({}, of_step(4), "cpu", 1)
+        planning.merge_config(ti.Config, ti.PRESETS, {"optimizer": "adamw"}, of_step(4), "cpu", 1)
+    cfg, _ = planning.merge_config(ti.Config, ti.PRESETS, {}, of_step(4), "cpu", 1)
     assert cfg.optimizer == "muon"
 
 

@@ -5,11 +5,12 @@ import dataclasses
 import os
 import random
 import subprocess
+import sys
 
 import pytest
 
-import random_kills
 import train_improved as ti
+from conftest import ROOT
 
 # Every optimizer that the script offers.
 OPTIMIZERS = next(
@@ -20,7 +21,11 @@ OPTIMIZERS = next(
 def kills(tmp_path, *flags) -> None:
     """Seeds are drawn, so every run of the tests tries other moments."""
     seed = random.SystemRandom().randrange(1 << 32)
-    assert random_kills.main(["--seed", str(seed), "--work", str(tmp_path), *flags]) == 0
+    # In a process of its own: it forks, and the threads of the tests' PyTorch would be missing.
+    command = [sys.executable, ROOT / "tests" / "random_kills.py", *flags]
+    command += ["--seed", str(seed), "--work", tmp_path]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

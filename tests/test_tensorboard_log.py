@@ -563,20 +563,21 @@ def test_an_evaluation_repeated_after_a_resume_is_there_once(tmp_path):
         log.scalars({"Loss/validation": 3.0}, 10)  # the text is not there yet
         log.scalars({"Loss/train": 1.0}, 11)
 
-    killed_with_9(tmp_path, first)
+    folder = tmp_path / "run"
+    killed_with_9(folder, first)
     for lr in (1.0, 2.0, 2.0):  # crashes again and again; the changed row rewrites the folder
-        log = TensorBoardLog(tmp_path, 11)
+        log = TensorBoardLog(folder, 11)
         log.hparams({"max_lr": lr}, METRICS)
         evaluation(log, 10)
         log.scalars({"Loss/train": 1.0}, 11)
         log.close()
-    evaluation(TensorBoardLog(tmp_path, 21), 20)
-    points = read_scalars(tmp_path)
+    evaluation(TensorBoardLog(folder, 21), 20)
+    points = read_scalars(folder)
     assert steps(points["Loss/train"]) == [9, 10, 11]
     for tag in ("Loss/validation", "Evaluation/hellaswag_accuracy"):
         assert steps(points[tag]) == [10, 20], tag
-    loader = python_loader(tmp_path.parent)
-    assert tensor_steps(loader, tmp_path.name, "Generated_Samples/text/text_summary") == [10, 20]
+    loader = python_loader(tmp_path)
+    assert tensor_steps(loader, folder.name, "Generated_Samples/text/text_summary") == [10, 20]
 
 
 def test_many_crashes_leave_one_timeline_and_few_files(tmp_path):

@@ -7,9 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
+import data_shards
 import tensorboard_log
 import train_improved as ti
 from conftest import SCRIPT, run, start
@@ -94,6 +98,34 @@ def test_a_run_learns_and_says_where_everything_is(whole):
     assert out.index("of memory reserved for the copy") < out.index("step     1/24")
     config = json.loads((cwd / "runs" / "a" / "config.json").read_text())
     assert config["config"]["max_lr"] == 0.01 and config["torch"] == torch.__version__
+
+
+def test_losses_are_those_of_a_plain_loop(whole, data):
+    """Chunked loss, micro-batches, fused AdamW, deferred clipping: against the textbook's step."""
+    cfg = ti.Config(**torch.load(checkpoint(whole[0], 24), weights_only=True)["config"])
+    torch.manual_seed(cfg.seed)
+    model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    source = data_shards.open_source(str(data), "train", cfg.seq_len, cfg.seed)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    B, losses, norms = cfg.total_batch_size // cfg.seq_len, [], []
+    for step in range(1, cfg.max_steps + 1):
+        windows = source.windows(np.arange((step - 1) * B, step * B)).astype(np.int64)
+        x, y = torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+        logits = model.lm_head(model.features(x))
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = ti.learning_rate(step, cfg)
+        optimizer.step()
+        losses.append(loss.item())
+    values = logged(whole[0] / "runs" / "a")
+    assert [v for _, v in values["Loss/train"]] == pytest.approx(losses, rel=2e-5)
+    assert [v for _, v in values["Gradient/norm_unclipped"]] == pytest.approx(norms, rel=2e-3)
 
 
 def test_every_tag_of_the_contract_at_every_step(whole):

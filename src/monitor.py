@@ -1,0 +1,249 @@
+"""Console, TensorBoard and JSON lines behind one object: every tag and line of output is here.
+
+`run` is train_improved.Run, with every default of its configuration decided.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from tqdm import tqdm
+
+import checkpoint_files
+import energy
+import health
+import jsonl_log
+import run_summary
+from console import marked
+
+
+def due(freq: int, state, cfg) -> bool:
+    """Every `freq` steps, at step 0, and at the end; never if freq is 0."""
+    return freq > 0 and (state.step % freq == 0 or state.step == cfg.max_steps)
+
+
+def evaluation_due(state, cfg) -> bool:
+    """Whether this step number has an evaluation that is not complete yet."""
+    freqs = (cfg.eval_freq, cfg.hellaswag_freq, cfg.sample_freq)
+    return state.evaluated_step != state.step and any(due(freq, state, cfg) for freq in freqs)
+
+
+class Monitor:
+    """Does nothing on ranks other than 0. `peak_flops`: what one device can do, FLOP/s."""
+
+    # Groups and charts of the custom-scalars tab.
+    LAYOUT: ClassVar = {
+        "Training": {
+            "Loss": ["Loss/train", "Loss/validation"],
+            "Learning rate": ["Learning_Rate/lr"],
+            "Tokens seen": ["Training/tokens"],
+        },
+        "Stability": {
+            "Gradient norm": ["Gradient/norm", "Gradient/norm_unclipped"],
+            "Skipped updates and roll-backs": ["Training/skipped_updates", "Training/rollbacks"],
+            "Update-to-weight ratio": ["Update_Ratio/.*"],
+            "Warnings": ["Health/warnings", "Performance/warnings"],
+        },
+        "Speed": {
+            "Tokens per second": ["Performance/tokens_per_sec"],
+            "Step time (ms)": ["Performance/step_time_ms"],
+            "MFU": ["Performance/mfu"],
+            "Hours left": ["Performance/eta_hours"],
+            "Cost so far": ["Performance/device_hours", "Performance/kwh"],
+        },
+        "Evaluation": {
+            "HellaSwag": ["Evaluation/hellaswag_accuracy"],
+            "Validation loss by position": ["Loss_by_Position/.*"],
+        },
+    }
+    METRICS = ("Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy")
+    COLUMNS = ("max_lr", "max_steps", "model", "optimizer", "total_batch_size")  # HParams at first
+    POSITIONS = 8  # parts of the context in Loss_by_Position
+    LINE_EVERY = 10  # steps between lines where there is no progress bar
+
+    def __init__(self, run, peak_flops: float):
+        cfg, state = run.cfg, run.state
+        self.cfg, self.active, self.peak_flops = cfg, run.dist.is_main, peak_flops
+        self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
+        if not self.active:
+            return
+        self.health = health.Health(run, run_summary.speed_depends_on(run))
+        self.meter = energy.EnergyMeter(run.dist.device)
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
+            )
+        self.folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+        fresh = state.step == 0 and state.evaluated_step < 0
+        first_step = 0 if fresh else state.step + 1
+        elsewhere = run.resumed_from is not None and not run.resumes_own_name
+        if cfg.log_jsonl:
+            self.jsonl = jsonl_log.JsonLinesLog(
+                self.folder / "metrics.jsonl", first_step, self.say, new_timeline=elsewhere
+            )
+        if cfg.use_tensorboard:
+            import tensorboard_log  # not loaded without the flag
+
+            self.new_log = tensorboard_log.TensorBoardLog
+            self.log = self.new_log(self.folder, first_step, self.say, new_timeline=elsewhere)
+            charts = {
+                # tags are regular expressions there: without $ validation brings validation_best
+                group: {
+                    title: ["Multiline", [f"{t}$" for t in tags]] for title, tags in charts.items()
+                }
+                for group, charts in self.LAYOUT.items()
+            }
+            self.log.layout(charts)
+            fields = dataclasses.fields(cfg)
+            numeric = [f.name for f in fields if f.type in (int | None, float | None)]
+            self.log.hparams(dataclasses.asdict(cfg), self.METRICS, numeric, self.COLUMNS)
+
+    def say(self, text: str) -> None:
+        if self.active:
+            text = marked(text)
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for log in filter(None, (self.log, self.jsonl)):
+            log.scalars(values, step)
+
+    def standing(self, run) -> dict[str, float]:
+        """What is written at a look and with each evaluation: warnings that are on, cost so far."""
+        state = run.state
+        values = {
+            "Health/warnings": self.health.active(timed=False),
+            "Performance/warnings": self.health.active(timed=True),
+            "Performance/device_hours": state.device_seconds / 3600,
+        }
+        if self.meter.works:
+            values["Performance/kwh"] = state.watt_seconds / 3.6e6
+        return values
+
+    def energy(self) -> float:
+        """Joules that the devices used since the last call; 0 where they do not report it."""
+        return self.meter.take() if self.active else 0.0
+
+    def tell(self, news: list[tuple[health.Check, str]], step: int) -> None:
+        """Warnings that begin or end. Those about speed apart: two equal runs differ in them."""
+        for timed, tag in ((False, "Health/warnings"), (True, "Performance/warnings")):
+            texts = [text for check, text in news if check.timed == timed]
+            for text in texts:
+                self.say(text)
+            if self.log is not None and texts:
+                self.log.text(tag, "\n".join(texts), step)
+
+    def step(
+        self, run, loss: float, norm: float, bad: bool, lr: float, seconds: float,
+        norms: list[float],
+    ) -> None:  # fmt: skip
+        """One finished step; norms of its update and of the weights at a look, else empty."""
+        cfg, state = self.cfg, run.state
+        if not self.active:
+            return
+        rate = cfg.total_batch_size / seconds
+        mfu = rate * run.model.flops_per_token() / (self.peak_flops * run.dist.world_size)
+        left = (cfg.max_steps - state.step) * seconds
+        applied = min(norm, cfg.grad_clip) if cfg.grad_clip and not math.isnan(norm) else norm
+        values = {
+            "Loss/train": loss,
+            "Learning_Rate/lr": lr,
+            "Gradient/norm": 0.0 if bad else applied,
+            "Gradient/norm_unclipped": norm,
+            "Performance/step_time_ms": 1000 * seconds,
+            "Performance/tokens_per_sec": rate,
+            "Performance/mfu": mfu,
+            "Performance/eta_hours": left / 3600,
+            "Performance/goodput": state.train_seconds / max(state.total_seconds, 1e-9),
+            "Training/epoch": state.position / run.train_data.num_windows,
+            "Training/tokens": state.step * cfg.total_batch_size,
+            "Training/skipped_updates": state.skipped_updates,
+            "Training/rollbacks": state.rollbacks,
+        }
+        if run.dist.device.type == "cuda":
+            values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        news = self.health.step(loss, norm, bad, lr, seconds, norms)
+        if norms and not bad:
+            ratios = self.health.layer_ratios(norms)
+            values |= {f"Update_Ratio/{layer}": ratio for layer, ratio in ratios.items()}
+        if health.look_due(state.step) and not evaluation_due(state, cfg):
+            values |= self.standing(run)
+        self.scalars(values, state.step)
+        self.tell(news, state.step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s", refresh=False
+            )
+            self.bar.update(state.step - self.bar.n)
+        elif state.step % self.LINE_EVERY == 0 or state.step - self.lines_from <= 3:
+            self.say(
+                f"step {state.step:>5}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} "
+                f"| norm {norm:.2f} | {1000 * seconds:,.0f} ms | {rate:,.0f} tok/s "
+                f"| {run_summary.format_seconds(left)} left"
+            )
+
+    def evaluation(self, run, by_position, texts: list[str], seconds: float) -> None:
+        """What `evaluate` found at this step: validation loss (T,) or None, samples."""
+        state, cfg, line = run.state, self.cfg, []
+        if not self.active:
+            return
+        values = {}
+        if by_position is not None:
+            values["Loss/validation"] = state.validation_loss
+            values["Loss/validation_best"] = state.best_loss
+            line.append(f"validation loss {state.validation_loss:.4f}")
+            for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
+                name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
+                values[f"Loss_by_Position/{name}"] = float(by_position[part].mean())
+        scored = bool(run.hellaswag_items) and due(cfg.hellaswag_freq, state, cfg)
+        if scored:
+            values["Evaluation/hellaswag_accuracy"] = state.hellaswag
+            line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
+        loss = None if by_position is None else state.validation_loss
+        news = self.health.evaluation(loss, state.hellaswag if scored else None)
+        self.scalars(values | self.standing(run), state.step)
+        if line:
+            self.say(f"step {state.step:>5}: {', '.join(line)} ({seconds:.1f} s)")
+        self.tell(news, state.step)
+        for text in texts:
+            self.say(f"step {state.step:>5} sample: {text!r}")
+        if self.log is not None and texts:
+            self.log.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
+
+    def histograms(self, model, step: int) -> None:
+        """Of every weight and of its gradient as it was applied."""
+        if self.log is not None:
+            tensors = {}
+            for name, p in model.named_parameters():
+                tensors[f"Parameters/{name}"] = p.detach()
+                if p.grad is not None:
+                    tensors[f"Gradients/{name}"] = p.grad
+            self.log.histograms(tensors, step)
+
+    def rewind(self, first_step: int) -> None:
+        """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""
+        if self.log is not None:
+            self.log.close()
+            self.log = self.new_log(self.folder, first_step, self.say)
+        if self.jsonl is not None:
+            self.jsonl.rewind(first_step)
+        if self.bar is not None:
+            self.bar.n = first_step - 1
+
+    def flush(self) -> None:
+        for log in filter(None, (self.log, self.jsonl)):
+            log.flush()
+
+    def close(self, finished: bool) -> None:
+        if self.active:
+            self.meter.close()
+        if self.log is not None:
+            if finished:
+                self.log.hparams_end()
+            self.log.close()
+        if self.jsonl is not None:
+            self.jsonl.close()
+        if self.bar is not None:
+            self.bar.close()
