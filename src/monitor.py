@@ -60,6 +60,7 @@ class Monitor:
         },
     }
     METRICS = ("Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy")
+    COLUMNS = ("max_lr", "max_steps", "model", "optimizer", "total_batch_size")  # HParams at first
     POSITIONS = 8  # parts of the context in Loss_by_Position
     LINE_EVERY = 10  # steps between lines where there is no progress bar
 
@@ -98,7 +99,7 @@ class Monitor:
             self.log.layout(charts)
             fields = dataclasses.fields(cfg)
             numeric = [f.name for f in fields if f.type in (int | None, float | None)]
-            self.log.hparams(dataclasses.asdict(cfg), list(self.METRICS), numeric)
+            self.log.hparams(dataclasses.asdict(cfg), self.METRICS, numeric, self.COLUMNS)
 
     def say(self, text: str) -> None:
         if self.active:

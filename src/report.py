@@ -399,13 +399,14 @@ def markdown_table(columns: dict[str, list[str]], clean=markdown_cell) -> str:
 def best_samples(run: Run) -> tuple[int, list[str]] | None:
     """(step, texts) that the run wrote when its validation loss was lowest: those of the last step
     up to there that has any; without validation the newest."""
+    from tensorboard_log import from_code
+
     texts = run.events.texts.get(SAMPLES_TAG)
     if not texts:
         return None
     best = run.best[1] if run.best else math.inf
     step = max((s for s in texts if s <= best), default=min(texts))
-    text = re.sub(r"^    ", "", texts[step], flags=re.M)  # stored as a code block of Markdown
-    return step, [plain(part) for part in text.split(SAMPLE_RULE)]
+    return step, [plain(part) for part in from_code(texts[step]).split(SAMPLE_RULE)]
 
 
 def write_csv(path: Path, runs: list[Run]) -> int:

@@ -396,14 +396,40 @@ def _merge_bins(counts: np.ndarray, stats: np.ndarray) -> tuple[Summary.Value | 
 # --- Text -----------------------------------------------------------------------------------------
 
 
+WRAP = 72  # columns; TensorBoard shows a code block unwrapped, and a phone has room for 74
+
+
 def as_code(text: str) -> str:
     """Markdown that shows `text` as it is. TensorBoard renders text as Markdown in which links and
     pictures live: what a model writes must not reach it. Each line is indented by four spaces (a
     code block) behind every kind of line break; control characters, some of which the Markdown
-    library uses as its own marks, become �."""
+    library uses as its own marks, become �.
+
+    Lines are wrapped behind a space, which stays: only a line that goes on in the next one ends
+    with a space (spaces at the ends of the text's own lines are dropped). A longer word stays
+    whole. from_code takes it back."""
     lines = text.splitlines() or [""]
     lines = [re.sub(r"[^\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "�", line) for line in lines]
-    return "\n".join("    " + line for line in lines)
+    return "\n".join("    " + part for line in lines for part in _wrapped(line.rstrip(" ")))
+
+
+def _wrapped(line: str) -> Iterator[str]:
+    """The line in pieces of up to WRAP characters; each but the last ends with a space."""
+    while len(line) > WRAP:
+        # Behind the last space that fits, else behind the first; never within a line's indent.
+        indent = len(line) - len(line.lstrip(" "))
+        cut = line.rfind(" ", indent, WRAP) + 1 or line.find(" ", indent) + 1
+        if not cut:
+            break
+        yield line[:cut]
+        line = line[cut:]
+    yield line
+
+
+def from_code(markdown: str) -> str:
+    """The text that as_code was given, but for control characters and spaces at ends of lines."""
+    lines = [line.removeprefix("    ") for line in markdown.split("\n")]
+    return "".join(line if line.endswith(" ") else f"{line}\n" for line in lines)[:-1]
 
 
 # --- Log ------------------------------------------------------------------------------------------
@@ -617,7 +643,11 @@ class TensorBoardLog:
         self._write(step, summaries)
 
     def hparams(
-        self, values: dict[str, object], metrics: Sequence[str], numeric: Iterable[str] = ()
+        self,
+        values: dict[str, object],
+        metrics: Sequence[str],
+        numeric: Iterable[str] = (),
+        first: Iterable[str] = (),
     ) -> None:
         """The run's row in the HParams tab, in the run itself. Call it after every start and
         resume: after a resume nothing is written if nothing changed, else the row is replaced.
@@ -626,8 +656,9 @@ class TensorBoardLog:
         columns of the first run it finds). numeric: names that are numbers in some runs and None in
         others: None leaves their cell empty. (Sorting or filtering by a column of numbers and words
         is an error of the server.) Other None values become "none", booleans "true"/"false" with
-        tick boxes, lists and everything else text."""
-        numeric = set(numeric)
+        tick boxes, lists and everything else text. first: names that come before the others, in the
+        order of the alphabet; TensorBoard shows the first five columns until others are ticked."""
+        numeric, first = set(numeric), set(first)
         row: dict[str, float | str] = {}
         ticks = {}
         for name, value in values.items():
@@ -645,6 +676,11 @@ class TensorBoardLog:
             else:
                 row[name] = str(value)
         experiment, start, _ = torch_summary.hparams(row, dict.fromkeys(metrics, 0.0), ticks)
+        plugin_data = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin_data.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = info.name in first  # what TensorBoard sorts by, before the name
+        plugin_data.content = content.SerializeToString()
         records = {s.value[0].tag: s for s in (experiment, start)}
         if self._kept.hparams:
             new = {

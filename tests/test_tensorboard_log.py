@@ -29,7 +29,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
 import tensorboard_log
-from tensorboard_log import TensorBoardLog, as_code, read_scalars
+from tensorboard_log import TensorBoardLog, as_code, from_code, read_scalars
 
 METRICS = ["Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy"]
 LAYOUT = {
@@ -167,7 +167,7 @@ def served(tmp_path_factory):
 
         other = TensorBoardLog(root / "other", 0)
         config = {"max_lr": 3e-4, "compile": False, "max_steps": None, "hellaswag_file": "h.jsonl"}
-        other.hparams(config | {"betas": (0.9, 0.98)}, METRICS, numeric=["max_steps"])
+        other.hparams(config | {"betas": (0.9, 0.98)}, METRICS, ["max_steps"], first=["max_lr"])
         for step, loss in ((10, 3.0), (20, 3.5)):
             other.scalars({"Loss/validation": loss, "Loss/validation_best": 3.0}, step)
             other.scalars({"Evaluation/hellaswag_accuracy": 0.3, "Loss/train": loss}, step)
@@ -316,7 +316,8 @@ def test_server_renders_generated_text_as_code_whatever_it_holds(served):
         (reply,) = served["server"].get("plugin/text/text", run="other", tag=tag, markdown="true")
         page = Page(reply["text"])
         assert page.elements <= {"table", "tbody", "tr", "td", "pre", "code"}, text
-        shown = [line.rstrip() for line in page.text.splitlines() if line.strip()]
+        whole = page.text.replace(" \n", " ")  # lines that were wrapped
+        shown = [line.rstrip() for line in whole.splitlines() if line.strip()]
         assert shown == visible(text)
 
 
@@ -343,6 +344,22 @@ def test_random_markdown_stays_code():
 def test_harmless_text_is_shown_word_for_word():
     text = 'def f(x):\n    return x  # naïve — "日本"\n\nEnd.'
     assert Page(plugin_util.markdown_to_safe_html(as_code(text))).text.strip("\n") == text
+
+
+def test_long_lines_are_wrapped_for_the_page_and_whole_again_for_a_reader():
+    """TensorBoard shows a sample of 300 characters as one line, two thirds of it out of sight."""
+    pieces = ["a", "word", " ", "  ", "    ", "\n", "\n\n", "-", "x" * 100, "naïve,", "日本"]
+    choose = random.Random(6)
+    for _ in range(500):
+        text = "".join(choose.choices(pieces, k=choose.randrange(1, 120)))
+        code = as_code(text)
+        words = text.split()
+        for line in code.splitlines():
+            assert len(line) <= 4 + 72 or len(line.split()) == 1, repr(text)
+        assert code.split() == words
+        assert from_code(code) == "\n".join(line.rstrip(" ") for line in text.splitlines())
+    page = Page(plugin_util.markdown_to_safe_html(as_code("one two " * 50)))
+    assert page.elements == {"pre", "code"} and len(page.text.strip().splitlines()) == 6
 
 
 # --- Histograms -----------------------------------------------------------------------------------
