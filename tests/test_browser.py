@@ -35,6 +35,7 @@ if CHROMIUM is None:
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from tensorboard_size import reference_config, write_run  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("browser")  # one server and one browser for all
 STEPS = 100
 FLOORS = {"a": 3.2, "b": 2.9, "c": 3.5}  # nats that the loss falls towards
 BY_LOSS = ["b", "a", "c"]
