@@ -66,7 +66,9 @@ class Monitor:
 
     def __init__(self, run, peak_flops: float):
         cfg, state = run.cfg, run.state
-        self.cfg, self.active, self.peak_flops = cfg, run.dist.is_main, peak_flops
+        self.cfg, self.active = cfg, run.dist.is_main
+        self.peak_flops = peak_flops * run.dist.world_size
+        self.flops_per_token = run.model.flops_per_token()
         self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
         if not self.active:
             return
@@ -97,9 +99,10 @@ class Monitor:
                 for group, charts in self.LAYOUT.items()
             }
             self.log.layout(charts)
-            fields = dataclasses.fields(cfg)
+            fields = [f for f in dataclasses.fields(cfg) if f.metadata["in_file"]]
             numeric = [f.name for f in fields if f.type in (int | None, float | None)]
-            self.log.hparams(dataclasses.asdict(cfg), self.METRICS, numeric, self.COLUMNS)
+            values = {f.name: getattr(cfg, f.name) for f in fields}
+            self.log.hparams(values, self.METRICS, numeric, self.COLUMNS)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -144,7 +147,7 @@ class Monitor:
         if not self.active:
             return
         rate = cfg.total_batch_size / seconds
-        mfu = rate * run.model.flops_per_token() / (self.peak_flops * run.dist.world_size)
+        mfu = rate * self.flops_per_token / self.peak_flops
         left = (cfg.max_steps - state.step) * seconds
         applied = min(norm, cfg.grad_clip) if cfg.grad_clip and not math.isnan(norm) else norm
         values = {

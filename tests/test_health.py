@@ -408,7 +408,7 @@ def test_a_sick_run_and_its_resume_say_the_same_once(tmp_path, data):
     in_tensorboard = texts(folders[1], "Health/warnings")
     assert [step for step, _ in in_tensorboard] == [200, 300, 400]
     assert in_tensorboard == texts(folders[0], "Health/warnings")
-    assert [text.strip() for _, text in in_tensorboard] == said
+    assert [tensorboard_log.from_code(text) for _, text in in_tensorboard] == said
     assert dict(logged(folders[1])["Health/warnings"]) == {100: 0, 200: 1, 300: 2, 400: 3}
 
     # healed: each is over, once
