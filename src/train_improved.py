@@ -5,10 +5,10 @@
     torchrun --standalone --nproc_per_node=4 src/train_improved.py --use_tensorboard
     python src/train_improved.py --resume latest --use_tensorboard
 
-Reads from top to bottom: flags, model, optimizer, distributed, checkpoints, evaluation,
-monitoring, training. Mechanisms that stand alone live beside this file: data_shards.py (token
-shards, shuffle, loader), checkpoint_files.py (durable files), tensorboard_log.py (event files),
-hellaswag.py, sample.py, tokenizer.py. Every default and the order of a training step are here.
+Reads from top to bottom: flags and their defaults, model, optimizer, distributed, checkpoints,
+evaluation, training, set-up. Mechanisms that stand alone live beside this file: planning.py (flags
+over checkpoint, checked), data_shards.py (token shards, shuffle, loader), checkpoint_files.py
+(durable files), monitor.py (every tag and line of output), hellaswag.py, sample.py, tokenizer.py.
 """
 
 import contextlib
