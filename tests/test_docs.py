@@ -316,7 +316,7 @@ def reference_run() -> ti.Config:
 def test_quoted_defaults_are_the_defaults():
     cfg, text = reference_run(), DOCS["QUICK_START.md"]
     rows = re.findall(r"^\| `--(\w+)` \| ([\d.e-]+) \|", text, re.M)
-    assert len(rows) == 12
+    assert len(rows) == 13
     for name, value in rows:
         assert float(value) == pytest.approx(getattr(cfg, name)), name
     assert cfg.max_steps == 95_365 and "`--max_steps`" in text
