@@ -61,13 +61,13 @@ CHECKS = {
     "overfitting": Check(
         "validation far above train",
         "validation loss minus training loss",
-        f"each evaluation from step {LOOK} on; training loss: median of the last {LOOK} steps",
+        f"each evaluation from the second epoch on; training loss: median of the last {LOOK} steps",
         begin=0.3,
         end=0.2,
         shown="{:.2f} nats",
         advice="The model learns its training text by heart: more data, fewer `--epochs`, or a "
-        "smaller model; the best checkpoint is kept. Above from the start: the validation text is "
-        "of another kind.",
+        "smaller model; the best checkpoint is kept. Above in the first epoch too: the validation "
+        "text is of another kind.",
     ),
     # A loss curve falls by about as much for every doubling of the steps, so that a share of the
     # run so far suits 600 steps as well as 95,365; a fixed number of steps would suit only one.
@@ -249,7 +249,8 @@ class Health:
         """Take an evaluation after run.state.step into account; None: was not due."""
         state, cfg = self.run.state, self.run.cfg
         memory, news = state.health_memory, []
-        if validation_loss is not None and len(memory["losses"]) == LOOK:
+        again = state.position >= self.run.train_data.num_windows  # before that nothing is repeated
+        if validation_loss is not None and again and len(memory["losses"]) == LOOK:
             gap = validation_loss - statistics.median(memory["losses"])
             news += self._judge("overfitting", gap)
         if hellaswag is not None and state.step * cfg.total_batch_size >= HELLASWAG_TOKENS:

@@ -41,6 +41,7 @@ class Series:
         self.run = SimpleNamespace(
             cfg=cfg, state=state or ti.TrainState(), model=model, hellaswag_items=[None] * items
         )
+        self.run.train_data = SimpleNamespace(num_windows=10_000_000_000 // cfg.seq_len)
         self.health = health.Health(self.run, "here")
         self.random = random.Random(self.run.state.step)
         self.weights = [1.0] * len(self.health.names)
@@ -59,6 +60,7 @@ class Series:
         while state.step < last:
             state.step += 1
             step, noise = state.step, self.random.gauss(0, 1)
+            state.position += cfg.total_batch_size // cfg.seq_len
             lr = ti.learning_rate(step, cfg)
             # in warm-up an update is as much smaller as the rate
             updates = [ratio * max(lr / cfg.max_lr, 1e-3)] * len(self.weights)
@@ -107,6 +109,8 @@ def test_a_healthy_tiny_run_says_nothing():
 def test_validation_far_above_train():
     series = Series()
     series.steps(1000)
+    assert names(series.evaluate(gap=0.6)) == [], "nothing was seen twice yet"
+    series.run.state.position = series.run.train_data.num_windows
     assert names(series.evaluate(gap=0.25)) == [], "between the thresholds nothing begins"
     assert names(series.evaluate(gap=0.6)) == ["validation far above train"]
     assert names(series.evaluate(gap=0.7)) == [], "said once"
@@ -296,6 +300,7 @@ def test_update_norms_are_those_of_the_update_without_decay():
         assert update == pytest.approx((p - decayed).norm().item(), rel=1e-4, abs=1e-7), name
         assert weight == pytest.approx(p.norm().item(), rel=1e-5), name
     run_ = SimpleNamespace(cfg=cfg, state=ti.TrainState(), model=model, hellaswag_items=[])
+    run_.train_data = SimpleNamespace(num_windows=1000)
     watcher = health.Health(run_, "here")
     ratio, slowest = min(watcher._matrix_ratios(measured.tolist()))
     assert slowest == dead and ratio < health.CHECKS["frozen"].begin, "though it decays"
