@@ -56,7 +56,7 @@ SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "val_tokens": 65_536
 # tokens suffice for 124M on FineWeb-Edu is a prediction until someone has run it.
 RECIPES = {
     "reference": {"flags": {}, "max_lr": 1.0, "length": 1.0},
-    "fast": {"flags": {"optimizer": "muon", "schedule": "linear"}, "max_lr": 2.0, "length": 0.4},
+    "fast": {"flags": {"optimizer": "muon", "schedule": "linear"}, "max_lr": 3.0, "length": 0.4},
 }
 FINEWEB_DIR, SAMPLE_DIR = "data/fineweb_edu_10B", "data/sample"
 WARMUP_TOKENS = 375e6  # 715 steps of the reference run
