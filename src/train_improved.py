@@ -294,7 +294,8 @@ def resolve_model(cfg: Config, device: str) -> None:
         defaults |= SAMPLE_RUN
     recipe = RECIPES[cfg.recipe]
     # --init_from: what is learned already is easily lost
-    defaults["max_lr"] *= recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)
+    rate = defaults["max_lr"] * recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)
+    defaults["max_lr"] = float(f"{rate:.6g}")  # 0.009, not 0.009000000000000001
     if "max_steps" in defaults:
         defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
     if "epochs" in defaults:
