@@ -28,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK = 0.2  # seconds between looks of the watching thread
@@ -56,6 +57,15 @@ def _honoured() -> list[signal.Signals]:
     """The signals that stop a run: SIGHUP only where it is not ignored, as nohup has it."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+
+
+def end(code: int) -> NoReturn:
+    """Leave at once, with everything said. Python's teardown takes a while in which a signal kills
+    again, and in which threads of gloo abort a process that had finished, now and then; and with
+    several processes the others may be inside a collective: nothing waits for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Lasting:
@@ -275,9 +285,7 @@ class Supervisor:
             faulthandler.dump_traceback(sys.stderr.fileno(), all_threads=True)
 
     def _exit_now(self, code: int):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the main thread may be inside a collective that never returns
+        end(code)  # the main thread may be inside a collective that never returns
 
 
 def _alive(pid: int) -> bool:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from console import marked
 from flags import flag, parse_flags, to_toml
-from supervisor import StopRequested, Supervisor, begin, is_lost_peer
+from supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
 if __name__ == "__main__":
     begin()  # before the slow imports: from here on Ctrl-C leaves without a traceback
@@ -1229,14 +1229,8 @@ def main() -> int:
     monitor.close(finished=run.state.step >= run.cfg.max_steps)
     monitor.say(run_summary.farewell(run))
     supervisor.leave(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code or dist.world_size > 1:
-        # Other ranks may be inside a collective, and threads of the process group abort a process
-        # now and then when Python takes everything down: nothing waits for them.
-        os._exit(code)
-    return 0
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -109,4 +109,4 @@ next_batch = ti.data_shards.StepLoader.next_batch
 ti.data_shards.StepLoader.next_batch = faulty_next_batch
 ti.forward_backward, ti.validation_loss = faulty_forward_backward, faulty_validation_loss
 ti.GPT.forward = faulty_forward
-sys.exit(ti.main())
+supervisor.end(ti.main())
