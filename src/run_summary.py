@@ -234,10 +234,9 @@ def store_config(run, folder: Path) -> str | None:
     return None
 
 
-def farewell(run) -> str:
+def farewell(run, finished: bool) -> str:
     """How far the run came, where everything is, and what to type next."""
     cfg, state = run.cfg, run.state
-    finished = state.step >= cfg.max_steps
     loss = f"; validation loss {state.validation_loss:.4f}" if state.evaluated_step >= 0 else ""
     energy = f", {state.watt_seconds / 3.6e6:.3g} kWh" if state.watt_seconds else ""
     command = "python"

@@ -627,7 +627,7 @@ def restore(run: "Run", checkpoint: dict) -> None:
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
-        group |= ours  # flags of this command win over what was saved
+        group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
         t.to(device, copy=True) for t in checkpoint["loss_scale"]
@@ -1226,8 +1226,9 @@ def main() -> int:
         code = 1
         path, reason = saver.failures()[-1]
         monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
-    monitor.close(finished=run.state.step >= run.cfg.max_steps)
-    monitor.say(run_summary.farewell(run))
+    finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
+    monitor.close(finished)
+    monitor.say(run_summary.farewell(run, finished))
     supervisor.leave(code)
     return code
 

@@ -179,6 +179,27 @@ def test_a_stop_is_honoured_within_an_evaluation(tmp_path, data):
     assert "--resume" not in out and saved_steps(tmp_path) == []
 
 
+def test_stopped_in_the_last_evaluation_is_not_finished_yet(tmp_path, data):
+    """All steps are done then, and only the evaluation is left to a resume."""
+    flags = "--max_steps 8 --eval_freq 4 --checkpoint_freq 0 --sample_freq 0 --run_name a".split()
+    flags += ["--use_tensorboard"]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    run(*flags, cwd=tmp_path / "whole", data=data)
+    process = start_faulty("slow", 8, 1, *flags, cwd=tmp_path / "stopped", data=data)
+    for line in process.stdout:
+        if line == "evaluating\n":  # of step 8, in 16 pieces
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and saved_steps(tmp_path / "stopped") == [8]
+    assert "stopped at step 8 of 8" in out and "finished" not in out and "--max_steps" not in out
+    run("--resume", "latest", "--use_tensorboard", cwd=tmp_path / "stopped", small=False)
+    assert_same_training(checkpoint(tmp_path / "whole", 8), checkpoint(tmp_path / "stopped", 8))
+    ours, theirs = (logged(tmp_path / name / "runs" / "a") for name in ("stopped", "whole"))
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("stop", [True, False])
 def test_data_that_never_comes(tmp_path, data, stop):
     """A dead network disk: signals are honoured meanwhile, and without any it counts as a hang."""

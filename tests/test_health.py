@@ -528,4 +528,4 @@ def test_energy_is_in_the_last_words_and_in_the_charts_only_if_there_is_any(shor
     cfg = ti.Config(max_steps=10, run_name="a")
     run_ = SimpleNamespace(cfg=cfg, state=state, dist=SimpleNamespace(world_size=1))
     run_.checkpoint_folder = short / "checkpoints" / "a"
-    assert "after 0:01:00 of training, 2 kWh\n" in run_summary.farewell(run_)
+    assert "after 0:01:00 of training, 2 kWh\n" in run_summary.farewell(run_, finished=False)
