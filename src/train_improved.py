@@ -72,7 +72,7 @@ class Config:
         "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
         group="model",
         choices=tuple(RECIPES),
-        overrides=("optimizer", "schedule", "max_steps", "min_lr"),
+        overrides=("optimizer", "schedule", "epochs", "max_steps", "max_lr", "min_lr"),
     )
     model: str | None = flag(
         None,
@@ -104,7 +104,8 @@ class Config:
 
     total_batch_size: int | None = flag(
         None,
-        "tokens per step, over all processes and micro-batches [524288; tiny 1024]",
+        "tokens per step, over all processes and micro-batches "
+        "[524288; tiny 1024; else 16384 on the sample corpus]",
         group="batch and length",
         least=1,
     )
@@ -118,7 +119,9 @@ class Config:
         None, "passes over the training data [5]", above=0, overrides=("max_steps",)
     )
     max_steps: int | None = flag(
-        None, "steps of the whole run; wins over --epochs [from --epochs; tiny 600]", least=1
+        None,
+        "steps of the whole run; wins over --epochs [from it; tiny 600; else 200 on the sample]",
+        least=1,
     )
     max_hours: float | None = flag(
         None, "save and stop cleanly after this many hours [no limit]", resume="machine", above=0
@@ -292,6 +295,7 @@ def resolve_model(cfg: Config, device: str) -> None:
     defaults = PRESETS[cfg.model] | TRAINING[cfg.model]
     if cfg.data_dir == SAMPLE_DIR and cfg.model != "tiny":
         defaults |= SAMPLE_RUN
+        del defaults["epochs"]  # max_steps says it
     recipe = RECIPES[cfg.recipe]
     # --init_from: what is learned already is easily lost
     rate = defaults["max_lr"] * recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)

@@ -270,6 +270,16 @@ def test_a_recipe_is_valid_and_says_what_to_expect(path):
         assert cfg.use_tensorboard and cfg.run_name
 
 
+def test_a_recipe_wins_over_a_file():
+    """All that a recipe decides: the file's rate is that of its optimizer."""
+    given = parse("--config", ROOT / "configs" / "gpt2-124m-reference.toml", "--recipe", "fast")
+    cfg = ti.Config(**(ti.RECIPES["fast"]["flags"] | given | {"data_dir": ti.FINEWEB_DIR}))
+    ti.resolve_model(cfg, "cuda")
+    ti.resolve_length(cfg, 10_000_000_000)
+    assert (cfg.max_lr, cfg.min_lr, cfg.max_steps) == (pytest.approx(1.8e-3), 0.0, 38_146)
+    assert cfg.keep_every == 5_000  # the rest is the file's
+
+
 def test_the_reference_recipe_is_the_reference_run():
     """Nothing in it differs from what the flags --model gpt2 and --max_steps decide."""
     names = ("gpt2-124m-reference", "8-gpus", "dgx-spark")

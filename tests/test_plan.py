@@ -69,6 +69,17 @@ def test_the_fast_recipe_for_fineweb(tmp_path, data):
     assert plans and re.search(r"^ +steps +600 +240$", out, re.M)
 
 
+def test_a_first_look_with_a_larger_model_on_the_sample_corpus():
+    cfg = ti.Config(model="gpt2", data_dir=ti.SAMPLE_DIR)
+    ti.resolve_model(cfg, "cuda")
+    ti.resolve_length(cfg, 1_279_269)
+    assert (cfg.total_batch_size, cfg.max_steps) == (16_384, 200)
+    cfg = ti.Config(model="gpt2", data_dir=ti.SAMPLE_DIR, epochs=3)
+    ti.resolve_model(cfg, "cuda")
+    ti.resolve_length(cfg, 1_279_269)
+    assert cfg.max_steps == 234  # 3 x 78
+
+
 def test_max_steps_and_epochs(tmp_path, data):
     out, _ = run("--epochs", "2", "--dry_run", cwd=tmp_path, data=data)
     assert "156 steps" in out  # 2 x floor(20,000 / 256)
