@@ -232,6 +232,11 @@ def summarise(runs: list[dict]) -> dict:
         best = min((r for r in mine if r["steps"] == longest), key=lambda r: r["loss"])
         tuned = [r for r in mine if r["max_lr"] == best["max_lr"]]
         finals = {r["seed"]: r["loss"] for r in tuned if r["steps"] == longest}
+        of_seed = {r["seed"]: [] for r in mine}  # the one that tuned has seen the most rates
+        for r in mine:
+            if r["steps"] == longest:
+                of_seed[r["seed"]].append(r)
+        tuning = max(of_seed.values(), key=lambda some: len({r["max_lr"] for r in some}))
         row = {
             "max_lr": best["max_lr"],
             "share": longest / length,
@@ -240,9 +245,7 @@ def summarise(runs: list[dict]) -> dict:
             "seeds": len(finals),
             "cpu_seconds_per_step": statistics.median(r["cpu_seconds"] / r["steps"] for r in mine),
             "rates": {
-                f"{r['max_lr']:.3g}": r["loss"]
-                for r in sorted(mine, key=lambda r: r["max_lr"])
-                if r["steps"] == longest and r["seed"] == best["seed"]
+                f"{r['max_lr']:.3g}": r["loss"] for r in sorted(tuning, key=lambda r: r["max_lr"])
             },
         }
         if arm == REFERENCE:

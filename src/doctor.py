@@ -242,7 +242,7 @@ def check_memory(report: Report, run) -> bool:
     else:
         report.add("ok", "memory", text)
     left = free_memory(torch.device("cpu")) - (0 if device.type == "cuda" else need)
-    copy = run_summary.checkpoint_bytes(run.model)
+    copy = run_summary.checkpoint_bytes(run)
     if copy + checkpoint_files.HEADROOM > left:
         report.add(
             "note",
@@ -281,7 +281,7 @@ def check_disk(report: Report, cfg, run) -> None:
     if run is None:
         report.add("ok", "disk", text)
         return
-    size, files = run_summary.checkpoint_bytes(run.model), run_summary.checkpoints_kept(cfg)
+    size, files = run_summary.checkpoint_bytes(run), run_summary.checkpoints_kept(cfg)
     text += f", a checkpoint of {size / 1e6:,.0f} MB in {size / rate:.1f} s"
     if size / rate > 25:
         text += ": longer than torchrun waits after a signal (30 s)"

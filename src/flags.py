@@ -48,7 +48,7 @@ def flag(
     `least`, or more than `above` where that is given (`check_ranges`). A text with `several` may
     be given as several words; they are joined by blanks. Without `in_file` it is for the command
     line only. `overrides` names what a configuration file no longer decides when this flag is on
-    the command line.
+    the command line, or is a function (the file's values, the flag's value) -> the file's values.
     """
     metadata = {"help": help, "group": group, "choices": choices, "resume": resume}
     metadata |= {"least": least, "above": above, "several": several}
@@ -126,9 +126,12 @@ def parse_flags(config_class, description: str, argv: list[str]) -> dict:
             from_file = read_config(config_class, given["config"])
         except ValueError as error:
             parser.error(str(error))
-        for name in given:
-            for overridden in fields[name].metadata["overrides"]:
-                from_file.pop(overridden, None)
+        for name, value in given.items():
+            overrides = fields[name].metadata["overrides"]
+            if callable(overrides):
+                from_file = overrides(from_file, value)
+            else:
+                from_file = {k: v for k, v in from_file.items() if k not in overrides}
         given = from_file | given
     return given
 

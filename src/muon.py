@@ -92,7 +92,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 update = self._orthogonalized(direction, group["parts"])
                 mine[start : start + p.numel()] = update.flatten()
         everything = mine.new_empty(self.world_size * len(mine))
-        torch.distributed.all_gather_into_tensor(everything, mine)
+        torch.distributed.all_gather_single(everything, mine)
         for i, (p, _) in enumerate(matrices):
             rank, start = places[i]
             start += rank * len(mine)

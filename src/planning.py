@@ -27,7 +27,12 @@ def merge_config(
     if checkpoint is None:
         return merge(config_class, given, None, False, set())
     saved, made_on = checkpoint["config"], checkpoint["machine"]
-    saved = {"optimizer": "adamw"} | saved
+    saved = {"optimizer": "adamw", "recipe": "reference"} | saved
+    if given.get("recipe", saved["recipe"]) != saved["recipe"]:
+        raise ValueError(
+            f"--recipe {given['recipe']}: the checkpoint's run was planned by --recipe "
+            f"{saved['recipe']}; leave --recipe out and give what should change, or start anew"
+        )
     if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
         raise ValueError(
             f"--optimizer {given['optimizer']} does not fit the checkpoint, which holds the state "
@@ -127,13 +132,23 @@ def plan_decay(given: dict, saved, step: int, last_stable: int | None) -> dict:
 
     saved: the checkpoint's Config. ValueError if `step` is not in the stable part of such a run.
     """
+    for name in ("epochs", "recipe", "schedule", "warmup_steps"):
+        if name in given and given[name] != getattr(saved, name):
+            raise ValueError(
+                f"--{name} {given[name]}: a branch is a straight line down from the checkpoint; "
+                "--max_steps or --decay_share says how long"
+            )
+    if {"max_steps", "decay_share"} <= given.keys():
+        raise ValueError("--max_steps and --decay_share: each says where a branch ends, give one")
+    if not 0 < given.get("decay_share", saved.decay_share) < 1:
+        raise ValueError(f"--decay_share {given['decay_share']}: must be above 0 and below 1")
     if saved.schedule != "wsd":
         what = f"of --schedule {saved.schedule}, and only wsd has a stable part to decay from"
     elif not saved.warmup_steps <= step <= last_stable:
         what = f"of step {step}; the run was stable from step {saved.warmup_steps} to {last_stable}"
     else:
         share = given.get("decay_share", saved.decay_share)
-        max_steps = given.get("max_steps", round(step / (1 - share)))
+        max_steps = given.get("max_steps") or round(step / (1 - share))
         if max_steps <= step:
             raise ValueError(f"--max_steps {max_steps}: the decay begins at step {step}, give more")
         return {"max_steps": max_steps, "decay_share": (max_steps - step) / max_steps}

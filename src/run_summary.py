@@ -30,7 +30,7 @@ def plan(run) -> str:
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
     memory = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
     files = checkpoints_kept(cfg)
-    file_bytes = checkpoint_bytes(run.model)
+    file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
         mode = "compiled" if dist.device.type == "cuda" else "eager"
     else:
@@ -111,9 +111,11 @@ def every_flag(cfg, given: dict) -> str:
     )
 
 
-def checkpoint_bytes(model) -> int:
-    """Weights and two moments in float32."""
-    return 12 * model.num_params()
+def checkpoint_bytes(run) -> int:
+    """Weights and moments in float32: two, but one for the matrices that Muon trains."""
+    matrices = [p for p in run.model.transformer.h.parameters() if p.dim() >= 2]
+    one_moment = sum(p.numel() for p in matrices) if run.cfg.optimizer == "muon" else 0
+    return 12 * run.model.num_params() - 4 * one_moment
 
 
 def checkpoints_kept(cfg) -> int:
@@ -141,7 +143,7 @@ def log_bytes(run, from_step: int = 0) -> int:
 
 def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
     """What the output folders lack for the rest of the run from `step` on, as sentences."""
-    size, files = checkpoint_bytes(run.model), checkpoints_kept(run.cfg)
+    size, files = checkpoint_bytes(run), checkpoints_kept(run.cfg)
     there = sum(c.bytes for c in checkpoint_files.list_checkpoints(folder))
     need, logs = max(2 * size, files * size - there), log_bytes(run, step)
     free, log_free = (checkpoint_files.free_bytes(f) for f in (folder, log_folder))
@@ -173,7 +175,7 @@ def memory_warning(run) -> str | None:
     else:
         available, where = checkpoint_files.available_bytes(), "memory"
         need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        copy = checkpoint_bytes(run.model)
+        copy = checkpoint_bytes(run)
     if available is None or need + copy <= available:
         return None
     return (
@@ -236,8 +238,11 @@ def store_config(run, folder: Path) -> str | None:
     return None
 
 
-def farewell(run, finished: bool) -> str:
-    """How far the run came, where everything is, and what to type next."""
+def farewell(run, finished: bool, last_stable: int | None = None) -> str:
+    """How far the run came, where everything is, and what to type next.
+
+    last_stable: of a wsd run, the step whose checkpoint a longer run goes on from.
+    """
     cfg, state = run.cfg, run.state
     loss = f"; validation loss {state.validation_loss:.4f}" if state.evaluated_step >= 0 else ""
     energy = f", {state.watt_seconds / 3.6e6:.3g} kWh" if state.watt_seconds else ""
@@ -245,7 +250,11 @@ def farewell(run, finished: bool) -> str:
     if run.dist.world_size > 1:
         command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
     command += f" {os.path.relpath(Path(__file__).with_name('train_improved.py'))}"
-    command += f" --resume latest --run_name {cfg.run_name}"
+    stable = checkpoint_files.step_path(run.checkpoint_folder, last_stable or 0)
+    if finished and last_stable and stable.exists():
+        command += f" --resume {os.path.relpath(stable)} --run_name {cfg.run_name}-longer"
+    else:
+        command += f" --resume latest --run_name {cfg.run_name}"
     command += " --use_tensorboard" * cfg.use_tensorboard + " --log_jsonl" * cfg.log_jsonl
     for name, default in (("checkpoint_dir", "checkpoints"), ("tensorboard_dir", "runs")):
         if getattr(cfg, name) != default:

@@ -63,6 +63,20 @@ WARMUP_TOKENS = 375e6  # 715 steps of the reference run
 WSD_WARMUP = 100  # steps at most: where a run can be extended its length must not matter
 
 
+def under_recipe(values: dict, name: str) -> dict:
+    """A configuration file's values under another recipe: its length and rate in proportion."""
+    before, after = RECIPES[values.get("recipe", "reference")], RECIPES[name]
+    if before is after:
+        return values
+    decided = {*before["flags"], *after["flags"], "min_lr", "warmup_steps"}
+    values = {k: v for k, v in values.items() if k not in decided}
+    for key, part in (("max_lr", "max_lr"), ("epochs", "length"), ("max_steps", "length")):
+        if key in values:
+            scaled = values[key] * after[part] / before[part]
+            values[key] = round(scaled) if key == "max_steps" else float(f"{scaled:.6g}")
+    return values
+
+
 @dataclass
 class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
@@ -72,10 +86,7 @@ class Config:
         "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
         group="model",
         choices=tuple(RECIPES),
-        overrides=(
-            *("optimizer", "schedule", "epochs", "max_steps"),
-            *("max_lr", "min_lr", "embedding_lr_factor"),
-        ),
+        overrides=under_recipe,
     )
     model: str | None = flag(
         None,
@@ -210,6 +221,7 @@ class Config:
         None,
         "branch off a wsd run: decay at once from this checkpoint, as a new run [do not branch]",
         resume="machine",
+        overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"),
     )
 
     device: str | None = flag(
@@ -248,9 +260,9 @@ class Config:
     )
 
 
-def parse() -> dict:
+def parse(*more: str) -> dict:
     """The flags that were given, {name: value}; exit code 2 and a sentence for a wrong one."""
-    return parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+    return parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], [*sys.argv[1:], *more])
 
 
 if __name__ == "__main__":
@@ -349,7 +361,9 @@ def resolve_length(cfg: Config, train_tokens: int) -> None:
                 f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
             )
     if cfg.warmup_steps is None:
-        longest = WSD_WARMUP if cfg.schedule == "wsd" else cfg.max_steps // 10
+        longest = cfg.max_steps // 10
+        if cfg.schedule == "wsd":
+            longest = min(WSD_WARMUP, cfg.max_steps // 2)
         cfg.warmup_steps = min(round(WARMUP_TOKENS / cfg.total_batch_size), longest)
 
 
@@ -1035,7 +1049,6 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
 
     ValueError for whatever the user has to change.
     """
-    given = RECIPES[given.get("recipe", "reference")]["flags"] | given
     options = Config(**given)  # for the flags that must be known before the checkpoint is
     checkpoint_dir = Path(options.checkpoint_dir)
     if options.run_name is not None:
@@ -1050,7 +1063,10 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
                 f"--resume {options.resume}: --decay_from says where to begin, give only that"
             )
         branched = Path(options.decay_from)
-        name = name or f"{branched.resolve().parent.name}-{branched.stem}-decayed"
+        source = branched.resolve().parent
+        name = name or f"{source.name}-{branched.stem}-decayed"
+        if (checkpoint_dir / name).resolve() == source:
+            raise ValueError(f"--run_name {name}: is the run itself, give the branch another name")
     path = dist.on_main(
         lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
     )
@@ -1061,6 +1077,10 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     if branches_off:
         saved = Config(**checkpoint["config"])
         given = given | plan_decay(given, saved, checkpoint["step"], last_stable_step(saved))
+    elif options.decay_from:  # goes on with the branch, which was planned when it began
+        given = {k: v for k, v in given.items() if k not in ("max_steps", "decay_share")}
+    if checkpoint is None:
+        given = RECIPES[options.recipe]["flags"] | given
 
     cfg, changes = merge_config(
         Config, PRESETS, given, checkpoint, dist.device.type, dist.world_size
@@ -1138,12 +1158,14 @@ def print_config(given: dict, dist: Distributed) -> int:
     return 0
 
 
-def compare_recipes(run: Run, given: dict) -> dict[str, tuple[Config, float]]:
+def compare_recipes(run: Run) -> dict[str, tuple[Config, float]]:
     """This command's plan under each recipe, and its hours at a speed that is measured now."""
     speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
     plans = {}
     for name, recipe in RECIPES.items():
-        cfg = Config(**(recipe["flags"] | given | {"recipe": name}))
+        found = ("model", "n_layer", "n_head", "n_embd", "seq_len", "data_dir")
+        found = {key: getattr(run.cfg, key) for key in found}
+        cfg = Config(**(recipe["flags"] | parse("--recipe", name) | found))
         resolve_model(cfg, run.dist.device.type)
         resolve_length(cfg, run.train_data.num_tokens)
         tokens = cfg.max_steps * cfg.total_batch_size
@@ -1184,7 +1206,7 @@ def build(run: Run, checkpoint: dict | None):
     saver = None
     if dist.is_main:
         saver = checkpoint_files.BackgroundSaver(monitor.say)
-        saver.allocate(checkpoint_of(run), at_least=run_summary.checkpoint_bytes(run.model))
+        saver.allocate(checkpoint_of(run), at_least=run_summary.checkpoint_bytes(run))
     return train_model, loader, saver, monitor
 
 
@@ -1206,7 +1228,7 @@ def main() -> int:
             print(run_summary.plan(run), flush=True)
         if run.cfg.dry_run:
             if dist.is_main and checkpoint is None:
-                print(f"\n{run_summary.recipes(compare_recipes(run, given))}", flush=True)
+                print(f"\n{run_summary.recipes(compare_recipes(run))}", flush=True)
             if dist.is_main:
                 print(f"\nevery flag as decided:\n{run_summary.every_flag(run.cfg, given)}")
             dist.leave()
@@ -1249,7 +1271,7 @@ def main() -> int:
         monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
-    monitor.say(run_summary.farewell(run, finished))
+    monitor.say(run_summary.farewell(run, finished, last_stable_step(run.cfg)))
     supervisor.leave(code)
     return code
 

@@ -280,6 +280,27 @@ def test_a_recipe_wins_over_a_file():
     assert cfg.keep_every == 5_000  # the rest is the file's
 
 
+def test_under_another_recipe_a_file_keeps_its_proportions(tmp_path):
+    own = ROOT / "configs" / "own-corpus.toml"
+    given = parse("--config", own, "--recipe", "fast")
+    assert (given["epochs"], given["max_lr"]) == (1.6, 0.003)
+    assert parse("--config", own, "--recipe", "reference") == parse("--config", own) | {
+        "recipe": "reference"
+    }
+    fast = tmp_path / "fast.toml"
+    fast.write_text('recipe = "fast"\nmax_steps = 240\nmax_lr = 0.009\noptimizer = "muon"\n')
+    assert parse("--config", fast, "--recipe", "fast")["max_steps"] == 240
+    given = parse("--config", fast, "--recipe", "reference", "--max_lr", "0.004")
+    assert (given["max_steps"], given["max_lr"], "optimizer" in given) == (600, 0.004, False)
+
+
+def test_a_branch_is_not_what_the_file_of_the_long_run_says(tmp_path):
+    file = tmp_path / "long.toml"
+    file.write_text('run_name = "long"\nmax_steps = 9\nwarmup_steps = 3\nschedule = "wsd"\n')
+    given = parse("--config", file, "--decay_from", "checkpoints/long/step_00000008.pt")
+    assert given.keys() == {"config", "decay_from", "schedule"}
+
+
 def test_the_reference_recipe_is_the_reference_run():
     """Nothing in it differs from what the flags --model gpt2 and --max_steps decide."""
     names = ("gpt2-124m-reference", "8-gpus", "dgx-spark")

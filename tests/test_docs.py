@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,7 +336,7 @@ def test_computed_sizes_and_times():
     with torch.device("meta"):
         model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
     assert f"{model.num_params():,} for GPT-2 small" in text
-    size = run_summary.checkpoint_bytes(model) / 1e9
+    size = run_summary.checkpoint_bytes(SimpleNamespace(cfg=cfg, model=model)) / 1e9
     assert f"{size:.2f} GB" in text
     assert f"{(cfg.keep_checkpoints + 2) * size:.1f} GB" in text
     assert f"{cfg.max_steps // 5000 * size:.1f} GB" in text

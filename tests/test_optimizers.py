@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import checkpoint_files
 import muon
 import planning
+import run_summary
 import train_improved as ti
 from conftest import run
 from test_training import assert_same_training, checkpoint, logged
@@ -66,7 +68,7 @@ def test_no_schedule_leaves_its_bounds_or_divides_by_zero(schedule):
 
 
 def test_a_longer_wsd_run_has_the_same_rates_before_the_decay():
-    short, long = (config(schedule="wsd", max_steps=n, warmup_steps=None) for n in (30, 400))
+    short, long = (config(schedule="wsd", max_steps=n, warmup_steps=None) for n in (210, 400))
     for cfg in (short, long):
         cfg.total_batch_size = 256
         ti.resolve_length(cfg, train_tokens=10**6)
@@ -215,6 +217,10 @@ def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer,
     assert_chart_is_the_formula(tmp_path / "runs" / "a", cfg)
     gpt2 = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len).state_dict()
     assert {k: v.shape for k, v in saved["model"].items()} == {k: v.shape for k, v in gpt2.items()}
+    with torch.device("meta"):
+        model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    planned = run_summary.checkpoint_bytes(SimpleNamespace(cfg=cfg, model=model))
+    assert abs(checkpoint(tmp_path, 20).stat().st_size - planned) < 50_000
 
     resume = ["--resume", str(checkpoint(tmp_path, 7)), "--run_name", "b", "--use_tensorboard"]
     run(*resume, cwd=tmp_path, small=False)
@@ -250,6 +256,9 @@ def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
     flags += ["--checkpoint_freq", "0", "--keep_checkpoints", "1"]
     run(*flags, "--max_steps", "10", "--run_name", "short", cwd=tmp_path, data=data)
     run(*flags, "--max_steps", "20", "--run_name", "long", cwd=tmp_path, data=data)
+    out, _ = run("--resume", "latest", "--run_name", "short", cwd=tmp_path, small=False)
+    longer = "--resume checkpoints/short/step_00000008.pt --run_name short-longer --max_steps 20"
+    assert longer in out
     stable = checkpoint(tmp_path, 8, "short")
     assert stable.exists(), "the end of the stable part is kept"
     planned = checkpoint(tmp_path, 20, "long")
@@ -265,6 +274,17 @@ def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
     assert_same_training(checkpoint(tmp_path, 20, "long-step_00000016-decayed"), planned)
     _, err = run(*branch, cwd=tmp_path, small=False, expect=2)
     assert "long-step_00000016-decayed" in err and "already" in err
+    _, err = run(*branch, "--run_name", "long", cwd=tmp_path, small=False, expect=2)
+    assert "--run_name long: is the run itself" in err
+
+    again = ["--decay_from", stable, "--decay_share", "0.3", "--run_name", "again"]
+    again += ["--checkpoint_freq", "1", "--keep_checkpoints", "9", "--resume", "auto"]
+    run(*again, cwd=tmp_path, small=False)
+    end = checkpoint(tmp_path, 11, "again")
+    whole = end.rename(tmp_path / "whole.pt")
+    checkpoint(tmp_path, 10, "again").unlink()
+    run(*again, cwd=tmp_path, small=False)
+    assert_same_training(end, whole)
 
 
 def of_step(step, **values):
@@ -287,6 +307,15 @@ def test_what_can_be_branched_off():
     flags = plan(given | {"max_steps": 60}, 45)
     cfg = config(schedule="wsd", warmup_steps=3, **flags)
     assert ti.learning_rate(45, cfg) == 1.0 and ti.learning_rate(46, cfg) < 1.0
+    for flags, what in (
+        ({"epochs": 2.0}, "--epochs 2.0: a branch is"),
+        ({"schedule": "cosine"}, "--schedule cosine: a branch is"),
+        ({"max_steps": 60, "decay_share": 0.5}, "--max_steps and --decay_share: "),
+        ({"decay_share": 1.0}, "--decay_share 1.0: must be above 0 and below 1"),
+        ({"decay_share": math.nan}, "--decay_share nan: must be above 0 and below 1"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            plan(given | flags, 40)
     for step in (2, 81, 100):
         with pytest.raises(ValueError, match=rf"x.pt: .* step {step}; .* from step 3 to 80"):
             plan(given, step)
@@ -299,6 +328,15 @@ def test_another_optimizer_on_resume_is_refused():
         planning.merge_config(ti.Config, ti.PRESETS, {"optimizer": "adamw"}, of_step(4), "cpu", 1)
     cfg, _ = planning.merge_config(ti.Config, ti.PRESETS, {}, of_step(4), "cpu", 1)
     assert cfg.optimizer == "muon"
+
+
+def test_another_recipe_on_resume_is_refused():
+    given, saved = {"recipe": "fast"}, of_step(4)
+    with pytest.raises(ValueError, match=r"--recipe fast: .* planned by --recipe reference"):
+        planning.merge_config(ti.Config, ti.PRESETS, given, saved, "cpu", 1)
+    saved["config"]["recipe"] = "fast"
+    cfg, _ = planning.merge_config(ti.Config, ti.PRESETS, given, saved, "cpu", 1)
+    assert cfg.schedule == "wsd"  # given to the first command, though not to this one
 
 
 def test_muon_is_the_same_with_1_2_and_4_processes(tmp_path, data):

@@ -80,6 +80,20 @@ def test_a_first_look_with_a_larger_model_on_the_sample_corpus():
     assert cfg.max_steps == 234  # 3 x 78
 
 
+def test_the_table_of_recipes_is_what_they_do_with_a_configuration_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('model = "tiny"\nmax_steps = 1000\nmax_lr = 1e-3\n')
+    out, _ = run("--config", file, "--dry_run", cwd=tmp_path, small=False)
+    assert re.search(r"^ +steps +1,000 +400$", out, re.M), out
+    assert re.search(r"^ +max_lr +0.001 +0.003$", out, re.M), out
+
+
+def test_a_short_wsd_run_has_a_warm_up_that_fits():
+    cfg = ti.Config(schedule="wsd", max_steps=20, total_batch_size=256)
+    ti.resolve_length(cfg, 10_000)
+    assert cfg.warmup_steps == 10
+
+
 def test_max_steps_and_epochs(tmp_path, data):
     out, _ = run("--epochs", "2", "--dry_run", cwd=tmp_path, data=data)
     assert "156 steps" in out  # 2 x floor(20,000 / 256)

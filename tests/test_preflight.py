@@ -59,8 +59,8 @@ def test_the_estimate_of_the_logs_is_near_what_they_are(trained):
 def test_the_estimate_of_a_checkpoint_is_what_it_is(trained):
     cwd, _ = trained
     (one, *_) = checkpoint_files.list_checkpoints(cwd / "checkpoints" / "a")
-    model = ti.GPT(2, 2, 16, 32)
-    assert one.bytes == pytest.approx(run_summary.checkpoint_bytes(model), rel=0.02)
+    run_ = SimpleNamespace(cfg=ti.Config(), model=ti.GPT(2, 2, 16, 32))
+    assert one.bytes == pytest.approx(run_summary.checkpoint_bytes(run_), rel=0.02)
 
 
 def test_disk_is_compared_with_the_whole_planned_run(tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_disk_is_compared_with_the_whole_planned_run(tmp_path, monkeypatch):
     first, second = tmp_path / "checkpoints", tmp_path / "runs"
     first.mkdir()
     second.mkdir()
-    size = run_summary.checkpoint_bytes(run_.model)
+    size = run_summary.checkpoint_bytes(run_)
     need = size * 1_000_004 + run_summary.log_bytes(run_)
     (sentence,) = run_summary.disk_warnings(run_, 0, first, second)  # 87 TB: no disk has that
     assert f"the run needs up to {size * 1_000_004 / 1e9:.2f} GB more (1000004 files" in sentence
