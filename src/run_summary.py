@@ -72,8 +72,6 @@ def decay(cfg) -> str:
 
 def optimizer(cfg) -> str:
     adamw = f"AdamW, betas {cfg.beta1} and {cfg.beta2}"
-    if cfg.embedding_lr_factor != 1:
-        adamw += f", embeddings at {cfg.embedding_lr_factor:g} times the rate"
     if cfg.optimizer == "adamw":
         return adamw
     return f"Muon, momentum {cfg.momentum}, for the matrices of the blocks; for the rest {adamw}"

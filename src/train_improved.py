@@ -154,9 +154,6 @@ class Config:
     min_lr: float | None = flag(
         None, "learning rate of the last step [cosine a tenth of max_lr, else 0]"
     )
-    embedding_lr_factor: float = flag(
-        1.0, "learning rate of the embeddings, as a multiple of the others'", above=0
-    )
     schedule: str = flag(
         "cosine",
         "after the warm-up: cosine to min_lr, linear to it, or wsd: stable, then linear to it",
@@ -513,16 +510,12 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     hidden = []  # the matrices inside the blocks
     if cfg.optimizer == "muon":
         hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
-    taken = {id(p) for p in hidden + embeddings}
+    taken = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in taken]
-    decay = {"weight_decay": cfg.weight_decay}
     groups = [
-        {"params": embeddings, "lr_factor": cfg.embedding_lr_factor, **decay},
-        {"params": [p for p in others if p.dim() >= 2], **decay},  # none with Muon
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
     betas = (cfg.beta1, cfg.beta2)
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
@@ -536,11 +529,6 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     ]
     precision = getattr(torch, machine.best_dtype(hidden[0].device))
     return muon.MuonAdamW(muon_groups, adamw, precision)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 # --- Distributed ----------------------------------------------------------------------------------
@@ -657,13 +645,10 @@ def checkpoint_of(run: "Run") -> dict:
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
     run.model.load_state_dict(checkpoint["model"])
-    saved, ours = checkpoint["optimizer"], run.optimizer.state_dict()["param_groups"]
-    numbers = [[n for g in groups for n in g["params"]] for groups in (saved["param_groups"], ours)]
-    if numbers[0] != numbers[1]:
-        raise ValueError(f"its optimizer has {len(numbers[0])} parameters, not {len(numbers[1])}")
-    # The groups are ours: flags of this command win over what was saved.
-    run.optimizer.load_state_dict({"state": saved["state"], "param_groups": ours})
-    set_learning_rate(run.optimizer, learning_rate(checkpoint["step"], run.cfg))
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
+        group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
         t.to(device, copy=True) for t in checkpoint["loss_scale"]
@@ -972,7 +957,8 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
                 nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
             limit, lr = guard.limit(), learning_rate(state.step + 1, cfg)
             bad = guard.is_bad(loss, norm, limit)
-            set_learning_rate(optimizer, lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.found_inf = bad.float()
             look = run.dist.is_main and health.look_due(state.step + 1)
             norms = health.UpdateNorms(run.model, optimizer) if look else None

@@ -124,10 +124,8 @@ def test_learning_rate_is_the_formula():
 def test_decay_on_matrices_only():
     model = small_model()
     optimizer = ti.make_optimizer(model, ti.Config())
-    embeddings, decayed, not_decayed = optimizer.param_groups
-    assert [p.shape for p in embeddings["params"]] == [(50257, 32), (32, 32)]
-    assert all(p.dim() == 2 for p in decayed["params"])
-    assert decayed["weight_decay"] == embeddings["weight_decay"] == 0.1
+    decayed, not_decayed = optimizer.param_groups
+    assert all(p.dim() == 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
     assert all(p.dim() == 1 for p in not_decayed["params"]) and not_decayed["weight_decay"] == 0
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint_files
 import muon
 import planning
 import run_summary
@@ -159,23 +158,6 @@ def test_the_rest_is_adamw_exactly():
         assert torch.equal(p, q) != is_hidden, name
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_embeddings_learn_at_their_own_multiple_of_the_rate(name):
-    moved = []
-    for factor in (1.0, 3.0):
-        model = small_model()
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        cfg = ti.Config(optimizer=name, weight_decay=0.0, embedding_lr_factor=factor)
-        optimizer = ti.make_optimizer(model, cfg)
-        ti.set_learning_rate(optimizer, 0.01)
-        gradients(model, 0)
-        optimizer.step()
-        moved.append({n: p.detach() - before[n] for n, p in model.named_parameters()})
-    for n in moved[0]:
-        factor = 3 if n in ("transformer.wte.weight", "transformer.wpe.weight") else 1
-        assert torch.allclose(factor * moved[0][n], moved[1][n], rtol=1e-3, atol=1e-6), n
-
-
 def test_a_bad_update_changes_nothing_and_the_next_ones_are_as_if_it_had_not_been():
     models = [small_model(), small_model()]
     optimizers = [optimizer_of(m) for m in models]
@@ -209,7 +191,6 @@ LENGTH = "--max_steps 20 --warmup_steps 3 --run_name a".split()
 def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer, schedule):
     flags = [*QUIET, *LENGTH, "--optimizer", optimizer, "--schedule", schedule]
     flags += ["--checkpoint_freq", "7", "--keep_checkpoints", "9"]
-    flags += ["--embedding_lr_factor", "3"] * (schedule == "linear")
     run(*flags, cwd=tmp_path, data=data)
     saved = torch.load(checkpoint(tmp_path, 20), weights_only=True)
     cfg = ti.Config(**saved["config"])
@@ -227,21 +208,6 @@ def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer,
     assert_same_training(checkpoint(tmp_path, 20), checkpoint(tmp_path, 20, "b"))
     one, two = (logged(tmp_path / "runs" / name)["Loss/train"] for name in "ab")
     assert one[7:] == two
-
-
-def test_a_checkpoint_from_before_the_embeddings_had_a_rate_of_their_own_goes_on(tmp_path, data):
-    flags = [*QUIET, *LENGTH, "--checkpoint_freq", "7", "--keep_checkpoints", "9"]
-    run(*flags, cwd=tmp_path, data=data)
-    older = torch.load(checkpoint(tmp_path, 7), weights_only=True)
-    del older["config"]["embedding_lr_factor"]
-    embeddings, matrices, vectors = older["optimizer"]["param_groups"]
-    del embeddings["lr_factor"]
-    embeddings["params"] += matrices["params"]
-    older["optimizer"]["param_groups"] = [embeddings, vectors]
-    path = tmp_path / "older.pt"
-    checkpoint_files.save(path, older)
-    run("--resume", path, "--run_name", "b", cwd=tmp_path, small=False)
-    assert_same_training(checkpoint(tmp_path, 20), checkpoint(tmp_path, 20, "b"))
 
 
 def assert_chart_is_the_formula(folder, cfg):
