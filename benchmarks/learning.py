@@ -139,7 +139,7 @@ def train(args, arm: str, max_lr: float, seed: int, steps: int) -> dict:
         raise KeyboardInterrupt
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)}\nexit {done.returncode}\n{done.stderr}")
-    import tensorboard_log
+    from monitoring import tensorboard_log
 
     scalars = tensorboard_log.read_scalars(work / "runs" / "run")
     header = {"arm": arm, "size": args.size, "max_lr": max_lr, "seed": seed, "steps": steps}

@@ -34,9 +34,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from tensorboard.compat.proto.event_pb2 import Event
 
-import health
-import tensorboard_log
 import train_improved as ti
+from monitoring import health, tensorboard_log
 
 WORDS = "the of and a to in is was that it for on with as his they be at one have this from by hot"
 SECONDS = 20.5  # of a step, as planned for a DGX Spark

@@ -6,9 +6,9 @@
     python src/train_improved.py --resume latest --use_tensorboard
 
 Reads from top to bottom: flags and their defaults, model, optimizer, distributed, checkpoints,
-evaluation, training, set-up. Mechanisms that stand alone live beside this file: planning.py (flags
-over checkpoint, checked), data_shards.py (token shards, shuffle, loader), checkpoint_files.py
-(durable files), monitor.py (every tag and line of output), hellaswag.py, sample.py, tokenizer.py.
+evaluation, training, set-up. Mechanisms that stand alone live in the folders beside this file:
+runtime (how is this process run?), monitoring (what does a person see?), checkpointing (what is on
+disk?), training (what acts on tensors?), tokens (how does text become batches?), basics.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from console import marked
-from flags import flag, parse_flags, to_toml
-from supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
+from basics.words import marked
+from runtime.flags import flag, parse_flags, to_toml
+from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
 if __name__ == "__main__":
     begin()  # before the slow imports: from here on Ctrl-C leaves without a traceback
@@ -275,20 +275,11 @@ import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint_files
-import data_shards
-import health
-import hellaswag
-import launch
-import machine
-import muon
-import pretrained
-import run_summary
-import tokenizer
-from chunked_loss import chunked_cross_entropy, next_token_losses
-from guard import Guard, GuardGaveUp, LossScale
-from monitor import Monitor, due, evaluation_due
-from planning import (
+from checkpointing import background, files, pretrained, run_folders
+from monitoring import health, summary
+from monitoring.monitor import Monitor, due, evaluation_due
+from runtime import launch, machine
+from runtime.planning import (
     build_sample_corpus,
     find_checkpoint,
     merge_config,
@@ -296,8 +287,14 @@ from planning import (
     preflight,
     validate,
 )
-from sample import KVCache, generate
-from tokenizer import VOCAB_SIZE
+from tokens import shards, tokenizer
+from tokens.loader import StepLoader
+from tokens.stream import WindowSource, open_source
+from tokens.tokenizer import VOCAB_SIZE
+from training import muon, scoring
+from training.chunked_loss import chunked_cross_entropy, next_token_losses
+from training.generation import KVCache, generate
+from training.guard import Guard, GuardGaveUp, LossScale
 
 # --- Configuration --------------------------------------------------------------------------------
 
@@ -676,8 +673,8 @@ CHECKPOINT_LAYOUT = {
 
 def load_checkpoint(path: Path) -> dict:
     """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
-    checkpoint = checkpoint_files.load(path)
-    checkpoint_files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT)
+    checkpoint = files.load(path)
+    files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT)
     # Before a model of that size is built: the weights are what the configuration says.
     weights, config = checkpoint["model"], checkpoint["config"]
     shapes = [getattr(weights.get(f"transformer.{n}.weight"), "shape", ()) for n in ("wte", "wpe")]
@@ -737,7 +734,7 @@ def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
 def hellaswag_accuracy(run: "Run") -> float:
     """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
     mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
-    results = hellaswag.score(run.model, mine, autocast=run.autocast, poll=run.poll)
+    results = scoring.score(run.model, mine, autocast=run.autocast, poll=run.poll)
     correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
     correct, total = run.dist.sum(correct).tolist()
     return correct / total
@@ -765,8 +762,8 @@ class Run:
     cfg: Config
     asked: set[str]  # names of the flags that were given, now or when the run began
     dist: Distributed
-    train_data: data_shards.WindowSource
-    val_data: data_shards.WindowSource
+    train_data: WindowSource
+    val_data: WindowSource
     hellaswag_items: list
     dtype: torch.dtype
     model: GPT | None = None
@@ -906,11 +903,11 @@ def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Su
         monitor.flush()
         pause()
         saver.save(
-            checkpoint_files.step_path(folder, state.step),
+            files.step_path(folder, state.step),
             checkpoint_of(run),
             info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=lambda: checkpoint_files.retain(folder, *kept),
-            on_full=lambda: checkpoint_files.make_room(folder, *kept),
+            on_done=lambda: run_folders.retain(folder, *kept),
+            on_full=lambda: run_folders.make_room(folder, *kept),
         )
         saved = (state.step, state.evaluated_step)
         pause()
@@ -1013,7 +1010,7 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         )
     if saver is not None:  # rank 0
         saver.wait()
-    path = run.dist.on_main(lambda: checkpoint_files.find_latest(folder)[0]) or run.resumed_from
+    path = run.dist.on_main(lambda: run_folders.find_latest(folder)[0]) or run.resumed_from
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
     names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
@@ -1038,10 +1035,10 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     options = Config(**given)  # for the flags that must be known before the checkpoint is
     checkpoint_dir = Path(options.checkpoint_dir)
     if options.run_name is not None:
-        checkpoint_files.validate_run_name(options.run_name)
+        run_folders.validate_run_name(options.run_name)
     begun = None  # by an earlier attempt of this torchrun (--max-restarts)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        begun = dist.on_main(lambda: checkpoint_files.run_of_launcher(checkpoint_dir))
+        begun = dist.on_main(lambda: run_folders.run_of_launcher(checkpoint_dir))
     name = begun or options.run_name
     if options.decay_from:
         if options.resume not in (None, "auto"):
@@ -1081,8 +1078,8 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
     if cfg.data_dir == SAMPLE_DIR:
         dist.on_main(lambda: build_sample_corpus(SAMPLE_DIR))
-    train_data = data_shards.open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
-    val_data = data_shards.open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
+    train_data = open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
+    val_data = open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
     if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
         if not cfg.allow_data_change:
             raise ValueError(
@@ -1100,11 +1097,11 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
             f"{checkpoint['step']}; give a larger number"
         )
     if cfg.verify_data:
-        dist.on_main(lambda: data_shards.verify(cfg.data_dir))
+        dist.on_main(lambda: shards.verify(cfg.data_dir))
 
     items = []
     if cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists():
-        items = hellaswag.load_items(cfg.hellaswag_file)
+        items = scoring.load_items(cfg.hellaswag_file)
     cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
     dtype = getattr(torch, cfg.dtype)
     asked = set(given) | set(checkpoint["asked"] if checkpoint else ())
@@ -1129,7 +1126,7 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
             print(f"resuming from {path}, step {checkpoint['step']:,}")
         for change in changes:
             print(f"  changed since the checkpoint: {change}")
-    run.checkpoint_folder = checkpoint_files.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
     return run, checkpoint
 
 
@@ -1184,15 +1181,15 @@ def build(run: Run, checkpoint: dict | None):
         # No static_graph: it cannot begin inside no_sync (gradient accumulation), LAB_NOTES.md.
         train_model = nn.parallel.DistributedDataParallel(train_model, gradient_as_bucket_view=True)
     windows = cfg.total_batch_size // cfg.seq_len
-    loader = data_shards.StepLoader(
+    loader = StepLoader(
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
     )
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     monitor = Monitor(run, peak)
     saver = None
     if dist.is_main:
-        saver = checkpoint_files.BackgroundSaver(monitor.say)
-        saver.allocate(checkpoint_of(run), at_least=run_summary.checkpoint_bytes(run))
+        saver = background.BackgroundSaver(monitor.say)
+        saver.allocate(checkpoint_of(run), at_least=summary.checkpoint_bytes(run))
     return train_model, loader, saver, monitor
 
 
@@ -1200,9 +1197,9 @@ def main() -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
     given = parse()
     if given.get("doctor"):
-        import doctor
+        from runtime import doctor
 
-        return doctor.examine(given)
+        return doctor.examine(given, sys.modules[__name__])
     dist = None
     try:
         launch.adopt_slurm(os.environ)
@@ -1211,12 +1208,12 @@ def main() -> int:
             return print_config(given, dist)
         run, checkpoint = set_up(given, dist)
         if dist.is_main:
-            print(run_summary.plan(run), flush=True)
+            print(summary.plan(run), flush=True)
         if run.cfg.dry_run:
             if dist.is_main and checkpoint is None:
-                print(f"\n{run_summary.recipes(compare_recipes(run))}", flush=True)
+                print(f"\n{summary.recipes(compare_recipes(run))}", flush=True)
             if dist.is_main:
-                print(f"\nevery flag as decided:\n{run_summary.every_flag(run.cfg, given)}")
+                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, given)}")
             dist.leave()
             return 0
         dist.on_main(lambda: preflight(run, checkpoint))
@@ -1257,7 +1254,7 @@ def main() -> int:
         monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
-    monitor.say(run_summary.farewell(run, finished, last_stable_step(run.cfg)))
+    monitor.say(summary.farewell(run, finished, last_stable_step(run.cfg)))
     supervisor.leave(code)
     return code
 

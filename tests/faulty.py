@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-import supervisor
+
+from runtime import supervisor
 
 supervisor.begin()
 
 import torch
 
-import checkpoint_files
 import train_improved as ti
-from conftest import DyingOs
+from checkpointing import files
+from conftest import die_at_call
 
 kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv = [str(Path(ti.__file__)), *sys.argv[4:]]
@@ -81,13 +82,13 @@ def faulty_save(*args, **kwargs):
     global calls
     calls += 1
     if calls == first:
-        checkpoint_files.os = DyingOs(last)
+        die_at_call(last)
     return save(*args, **kwargs)
 
 
-save = checkpoint_files.save
+save = files.save
 if kind == "save":
-    checkpoint_files.save = faulty_save
+    files.save = faulty_save
 
 
 def faulty_next_batch(loader, poll=None):
@@ -105,8 +106,8 @@ def faulty_next_batch(loader, poll=None):
     return batch
 
 
-next_batch = ti.data_shards.StepLoader.next_batch
-ti.data_shards.StepLoader.next_batch = faulty_next_batch
+next_batch = ti.StepLoader.next_batch
+ti.StepLoader.next_batch = faulty_next_batch
 ti.forward_backward, ti.validation_loss = faulty_forward_backward, faulty_validation_loss
 ti.GPT.forward = faulty_forward
 supervisor.end(ti.main())

@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data_shards
-import tensorboard_log
 import train_improved as ti
 from conftest import SCRIPT, run, start
+from monitoring import tensorboard_log
+from tokens import stream
 
 CONTRACT = [
     "Loss/train",
@@ -105,7 +105,7 @@ def test_losses_are_those_of_a_plain_loop(whole, data):
     cfg = ti.Config(**torch.load(checkpoint(whole[0], 24), weights_only=True)["config"])
     torch.manual_seed(cfg.seed)
     model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-    source = data_shards.open_source(str(data), "train", cfg.seq_len, cfg.seed)
+    source = stream.open_source(str(data), "train", cfg.seq_len, cfg.seed)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

@@ -12,12 +12,9 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-import checkpoint_files
-import energy
-import health
-import jsonl_log
-import run_summary
-from console import marked
+from basics.words import marked
+from checkpointing import run_folders
+from monitoring import energy, health, jsonl_log, summary
 
 
 def due(freq: int, state, cfg) -> bool:
@@ -72,13 +69,13 @@ class Monitor:
         self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
         if not self.active:
             return
-        self.health = health.Health(run, run_summary.speed_depends_on(run))
+        self.health = health.Health(run, summary.speed_depends_on(run))
         self.meter = energy.EnergyMeter(run.dist.device)
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
             )
-        self.folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+        self.folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
         fresh = state.step == 0 and state.evaluated_step < 0
         first_step = 0 if fresh else state.step + 1
         elsewhere = run.resumed_from is not None and not run.resumes_own_name
@@ -87,7 +84,7 @@ class Monitor:
                 self.folder / "metrics.jsonl", first_step, self.say, new_timeline=elsewhere
             )
         if cfg.use_tensorboard:
-            import tensorboard_log  # not loaded without the flag
+            from monitoring import tensorboard_log
 
             self.new_log = tensorboard_log.TensorBoardLog
             self.log = self.new_log(self.folder, first_step, self.say, new_timeline=elsewhere)
@@ -184,7 +181,7 @@ class Monitor:
             self.say(
                 f"step {state.step:>5}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} "
                 f"| norm {norm:.2f} | {1000 * seconds:,.0f} ms | {rate:,.0f} tok/s "
-                f"| {run_summary.format_seconds(left)} left"
+                f"| {summary.format_seconds(left)} left"
             )
 
     def evaluation(self, run, by_position, texts: list[str], seconds: float) -> None:

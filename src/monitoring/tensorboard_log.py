@@ -52,7 +52,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 from torch.utils.tensorboard import summary as torch_summary
 
-from checkpoint_files import DISK_FULL, flush_folder
+from basics.durable import DISK_FULL, flush_folder
 
 # --- Records --------------------------------------------------------------------------------------
 # An event file is a row of records: uint64 length, masked CRC-32C of it, the Event's bytes, masked
