@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
+from basics import words
 from basics.words import marked
 from checkpointing import run_folders
 from monitoring import energy, health, jsonl_log, summary
@@ -181,7 +182,7 @@ class Monitor:
             self.say(
                 f"step {state.step:>5}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} "
                 f"| norm {norm:.2f} | {1000 * seconds:,.0f} ms | {rate:,.0f} tok/s "
-                f"| {summary.format_seconds(left)} left"
+                f"| {words.duration(left)} left"
             )
 
     def evaluation(self, run, by_position, texts: list[str], seconds: float) -> None:
