@@ -204,6 +204,11 @@ class TensorBoardLog(LogFile):
 
         self._begin(prepare, f"--tensorboard_dir: cannot write TensorBoard events to {log_dir}")
 
+    def rewind(self, first_step: int) -> None:
+        """Go on at first_step, after a roll-back: points of that step and later disappear."""
+        self.close()
+        self.__init__(self.log_dir, first_step, self.announce, self.retry_every)
+
     def _set_earlier_attempt_aside(self) -> None:
         earlier = [path for path in event_files(self.log_dir) if path.stat().st_size]
         for path in earlier:
