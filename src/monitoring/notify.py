@@ -252,10 +252,10 @@ class Heartbeat:
     """Pings a URL after steps, at most once a minute, so that silence is noticed.
 
     healthchecks.io and what speaks its way (`/ping/` in the path, hc-ping.com): URL/start when
-    training begins, URL after steps, URL/fail when it ends badly. Uptime Kuma (`/api/push/`):
-    its status up and down. Any other URL is fetched after steps and at a good end, and not at a bad one. Under
-    systemd (NOTIFY_SOCKET) its watchdog is fed, too. One ping at a time: while a server hangs, none
-    is added.
+    training begins, URL after steps, URL/fail when it ends badly. Uptime Kuma (`/api/push/`): its
+    status up and down. Any other URL is fetched after steps and at a good end, and not at a bad
+    one. Under systemd (NOTIFY_SOCKET) its watchdog is fed, too. One ping at a time: while a server
+    hangs, none is added.
     """
 
     EVERY = 60.0  # seconds
