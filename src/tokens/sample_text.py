@@ -27,7 +27,8 @@ def sample_corpus(folder: str | Path) -> None:
     """
     folder = Path(folder)
     encode = get_tokenizer().encode_ordinary
-    chapters = [json.loads(line)["text"] for line in gzip.open(SAMPLE_BOOK)]
+    with gzip.open(SAMPLE_BOOK) as lines:
+        chapters = [json.loads(line)["text"] for line in lines]
     documents = [np.array([EOT, *encode(text)], DTYPE) for text in chapters]
     val = documents[HELD_OUT - 1 :: HELD_OUT]
     del documents[HELD_OUT - 1 :: HELD_OUT]
