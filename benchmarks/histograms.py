@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from tensorboard_log import TensorBoardLog
+from monitoring.tensorboard_log import TensorBoardLog
 
 
 def gpt2_shapes(n_layer: int = 12, C: int = 768, T: int = 1024, V: int = 50257) -> dict[str, tuple]:

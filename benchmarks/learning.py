@@ -54,6 +54,7 @@ EXPERIMENTS = ROOT / "benchmarks" / "optimizers.py"
 REFERENCE = "reference"
 ARMS = {REFERENCE: "", "fast": "--recipe fast"}
 TOKENS_PER_STEP, SEQ_LEN, VAL_TOKENS = 1024, 128, 32_768
+VOCABULARY = 50_257
 REAL_RUNS = {"124M at 10B tokens": 10e9 / 124.4e6, "124M at 50B tokens": 50e9 / 124.4e6}
 
 
@@ -75,6 +76,7 @@ def parse_arguments(words=None) -> argparse.Namespace:
     add("--tune_steps", type=int, help="length at which to tune [the shortest]")
     add("--total_batch_size", type=int, default=TOKENS_PER_STEP, help="tokens a step")
     add("--seq_len", type=int, default=SEQ_LEN, help="context, in tokens")
+    add("--vocabulary", type=int, default=VOCABULARY, help="tokens, see benchmarks/optimizers.py")
     add("--flags", default="", help="flags for all arms, e.g. '--dtype float32'")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of results")
@@ -119,6 +121,7 @@ class Setting:
     tokens_per_step: int = TOKENS_PER_STEP
     seq_len: int = SEQ_LEN
     val_tokens: int = VAL_TOKENS
+    vocabulary: int = VOCABULARY
 
     def key(self) -> str:
         """Return a name for it; the arm's name is not part of it, its flags are."""
@@ -150,13 +153,15 @@ class Setting:
         }
         given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         own = shlex.split(self.flags)
-        script = EXPERIMENTS if "--experiment" in own else SCRIPT
+        if self.vocabulary != VOCABULARY:
+            own += ["--vocabulary", str(self.vocabulary)]
+        script = EXPERIMENTS if {"--experiment", "--vocabulary"} & set(own) else SCRIPT
         return [sys.executable, str(script), *given, "--log_jsonl", *own]
 
 
 def identity(data_dir: str) -> str:
     """Return what distinguishes this data set from another, training and validation tokens."""
-    from data_shards import open_source
+    from tokens.stream import open_source
 
     return "-".join(open_source(data_dir, s, SEQ_LEN, 0).fingerprint for s in ("train", "val"))
 
@@ -253,7 +258,7 @@ def grid(args, runs: Runs) -> None:
 
     def setting(size: str, arm: str, max_lr: float, seed: int, steps: int) -> Setting:
         flags = f"{args.flags} {args.known[arm]}".strip()
-        shape = args.total_batch_size, args.seq_len
+        shape = args.total_batch_size, args.seq_len, VAL_TOKENS, args.vocabulary
         return Setting(data, size, arm, flags, float(f"{max_lr:g}"), seed, steps, *shape)
 
     def rate(pair) -> float:
@@ -381,9 +386,9 @@ def tokens_to(curve: list[Point], loss: float) -> float:
     return a.tokens * math.exp((loss - a.loss) / slope) if slope < 0 else math.inf
 
 
-def parameters(size: str, seq_len: int) -> int:
+def parameters(size: str, seq_len: int, vocabulary: int) -> int:
     layers, C = (int(n) for n in size.split("x"))
-    return (50_257 + seq_len) * C + layers * (12 * C * C + 13 * C) + 2 * C
+    return (vocabulary + seq_len) * C + layers * (12 * C * C + 13 * C) + 2 * C
 
 
 @dataclass
@@ -393,11 +398,15 @@ class Group:
     data: str
     size: str
     seq_len: int
+    vocabulary: int
     tokens_per_step: int
     arms: dict[str, list[Point]]
 
     def __str__(self):
-        return f"{self.size}, T={self.seq_len}, {self.tokens_per_step} tokens a step"
+        return (
+            f"{self.size}, {self.vocabulary:,} tokens known, T={self.seq_len}, "
+            f"{self.tokens_per_step} a step"
+        )
 
     def spread(self) -> float:
         """Standard deviation over seeds, pooled over all lengths that have several; or nan."""
@@ -428,10 +437,11 @@ def groups(finished: list[dict]) -> list[Group]:
     """Sort runs; sizes in order, arms with the reference first."""
     found = {}
     for run in finished:
-        place = run["data"], run["size"], run["seq_len"], run["tokens_per_step"]
+        place = [run[n] for n in ("data", "size", "seq_len", "vocabulary", "tokens_per_step")]
+        place = tuple(place)
         found.setdefault(place, {}).setdefault(run["arm"], []).append(run)
     result = []
-    for place in sorted(found, key=lambda p: (p[0], parameters(p[1], p[2]), p)):
+    for place in sorted(found, key=lambda p: (p[0], parameters(*p[1:4]), p)):
         arms = sorted(found[place].items(), key=lambda item: (item[0] != REFERENCE, item[0]))
         result.append(Group(*place, {arm: points(runs) for arm, runs in arms}))
     return result
@@ -462,7 +472,7 @@ def print_table(group: Group) -> None:
 def print_fits(group: Group, arm: str) -> None:
     """Fits of the reference and an arm, and what they say far beyond the runs."""
     curves = [group.curve(REFERENCE), group.curve(arm)]
-    per_parameter = parameters(group.size, group.seq_len)
+    per_parameter = parameters(group.size, group.seq_len, group.vocabulary)
     for title, joint in (("each with its own E", False), ("one E for both", True)):
         if joint:
             fits = [(E, lines) for E, lines in [fit(curves), *bootstrap(curves)]]

@@ -2,11 +2,17 @@
 
     python benchmarks/optimizers.py --experiment cautious --recipe fast --data_dir data/books
     python benchmarks/optimizers.py --cost --size 4x128
+    python benchmarks/optimizers.py --convert data/books data/books4096 --vocabulary 4096
 
 The first line trains: all other flags are src/train_improved.py's; several names, joined by commas,
 work together. benchmarks/learning.py runs it as the arm fast+cautious. The second prints the
 processor time of an update, alone and as a share of a step. None of it is in the program. What an
 experiment needs to be resumed is in its checkpoint.
+
+--vocabulary 4096 trains with the first 4,095 tokens of GPT-2's own BPE, on shards that --convert
+wrote: every other token is spelled by those. Of a 4x128 with all 50,257 tokens 89% is embeddings,
+where Muon and AdamW do not differ, and 90% of the time their products; with 4,096 it is 40%, near
+the 31% of the 124M model, at a fifth of the time.
 
 Sources: modded-nanogpt's optimizer benchmark (track 3, 2026) for floor, momentum, ema, lookahead,
 power and beta2; Polar Express arXiv 2505.16932, cautious weight decay 2510.12402, SOAP 2409.11321.
@@ -17,18 +23,16 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from supervisor import begin, end
-
-if __name__ == "__main__":
-    begin()
-
+import numpy as np
+import tiktoken
 import torch
 
-import muon
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
 import train_improved as ti
+from runtime.supervisor import begin, end
+from tokens import shards, tokenizer
+from training import chunked_loss, muon
 
 EXPERIMENTS = {
     "polar": "Polar Express' coefficients instead of Newton-Schulz' five equal steps",
@@ -167,6 +171,32 @@ def switch_on(names: str) -> None:
 plain_orthogonalized = muon.orthogonalized
 
 
+def set_vocabulary(size: int) -> None:
+    """Have the program build and train a model of this many tokens."""
+    ti.VOCAB_SIZE = chunked_loss.VOCAB_SIZE = size
+    chunked_loss.PADDED_VOCAB = -(-size // 64) * 64
+
+
+def convert(source: Path, target: Path, size: int) -> None:
+    """Spell the tokens of prepared shards with the first size - 1 of GPT-2's; the last is EOT."""
+    whole = tokenizer.get_tokenizer()
+    pieces = [whole.decode_single_token_bytes(i) for i in range(tokenizer.EOT)]
+    few = tiktoken.Encoding(
+        name="few",
+        pat_str=tokenizer.PATTERN,
+        mergeable_ranks={piece: i for i, piece in enumerate(pieces[: size - 1])},
+        special_tokens={"<|endoftext|>": size - 1},
+    )
+    spelled = [np.array(few._encode_single_piece(piece), np.uint16) for piece in pieces]
+    spelled.append(np.array([size - 1], np.uint16))
+    target.mkdir(parents=True)
+    for split in ("train", "val"):
+        stream = shards.open_split(source, split)
+        tokens = np.concatenate([spelled[i] for i in stream.read(0, stream.num_tokens)])
+        shards.write_shard(target / f"{target.name}_{split}_000000.bin", tokens)
+        print(f"{split}: {stream.num_tokens:,} tokens, now {len(tokens):,}")
+
+
 def cost(size: str, tokens: int = 1024, seq_len: int = 128) -> None:
     """Print the processor time of an update with each experiment, and of the rest of a step."""
     layers, width = (int(n) for n in size.split("x"))
@@ -213,8 +243,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--experiment", default="", help=", ".join(EXPERIMENTS))
     parser.add_argument("--cost", action="store_true", help="time the updates and stop")
+    parser.add_argument("--vocabulary", type=int, default=tokenizer.VOCAB_SIZE, help="tokens")
+    parser.add_argument("--convert", nargs=2, type=Path, help="shards to read, folder to write")
     parser.add_argument("--size", default="4x128", help="layers x width, for --cost")
     args, flags = parser.parse_known_args()
+    if args.convert:
+        convert(*args.convert, args.vocabulary)
+        return 0
+    set_vocabulary(args.vocabulary)
     if args.cost:
         cost(args.size)
         return 0
@@ -227,4 +263,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    begin()
     end(main())

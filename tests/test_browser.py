@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from tensorboard_log import TensorBoardLog, read_scalars
+from monitoring.tensorboard_log import TensorBoardLog, read_scalars
 
 try:
     from playwright.sync_api import expect, sync_playwright

@@ -23,18 +23,13 @@ import pytest
 import torch
 
 import data_shards
-from data_shards import (
-    StepLoader,
-    epoch_order,
-    open_source,
-    open_split,
-    parse_data_dir,
-    sample_corpus,
-    verify,
-    write_manifest,
-    write_shard,
-)
-from tokenizer import EOT, fingerprint, get_tokenizer
+from tokens import shards as token_shards
+from tokens import stream as token_stream
+from tokens.loader import StepLoader
+from tokens.sample_text import sample_corpus
+from tokens.shards import open_split, parse_data_dir, verify, write_manifest, write_shard
+from tokens.stream import epoch_order, open_source
+from tokens.tokenizer import EOT, fingerprint, get_tokenizer
 
 SRC = Path(data_shards.__file__).parent
 T = 16
@@ -287,7 +282,7 @@ def test_ids_beyond_the_vocabulary(tmp_path, monkeypatch):
     data[1024 + 2 * 4321 : 1024 + 2 * 4321 + 2] = struct.pack("<H", 50257)
     path.write_bytes(data)
     refused(folder, str(path), "token 4,321 is 50257", "50256")
-    monkeypatch.setattr(data_shards, "SMALL", 1000)
+    monkeypatch.setattr(token_shards, "SMALL", 1000)
     source = open_source(str(folder), "train", T, 0)
     for read in (source.windows_in_order, source.windows):
         with pytest.raises(ValueError, match=r"x_train_000001.bin: token 4,321 is 50257"):
@@ -547,7 +542,7 @@ def test_mixed_validation_is_in_order_and_in_proportion(mixture):
 def test_shares_become_the_smallest_whole_block(text, shares):
     parsed = parse_data_dir(text)
     assert sum(share for _, share in parsed) == 1
-    slots = data_shards._block_of([share for _, share in parsed])
+    slots = token_stream._block_of([share for _, share in parsed])
     assert np.bincount(slots).tolist() == shares
 
 
@@ -568,7 +563,7 @@ def test_data_dir_words(tmp_path):
         with pytest.raises(ValueError, match=words):
             parse_data_dir(text)
     with pytest.raises(ValueError, match="below 1 in 10,000"):
-        data_shards._block_of([Fraction(1, 100_001), Fraction(100_000, 100_001)])
+        token_stream._block_of([Fraction(1, 100_001), Fraction(100_000, 100_001)])
 
 
 # --- Loader ---------------------------------------------------------------------------------------

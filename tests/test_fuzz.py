@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint_files
 import train_improved as ti
+from checkpointing import files as checkpoint_files
+from checkpointing import run_folders
 from conftest import SMALL, run, write_data
 from test_bad_input import refused, snapshot
 from test_checkpoint_files import fork
@@ -102,7 +103,7 @@ def test_damaged_checkpoints_are_refused_by_path_and_skipped_by_latest(
         bad.write_bytes(damaged(draw, good))
         sentence = refused(capsys, monkeypatch, tmp_path, "--resume", bad, small=False)
         assert str(bad) in sentence
-        path, skipped = checkpoint_files.find_latest(folder)
+        path, skipped = run_folders.find_latest(folder)
         assert path.name == "step_00000002.pt" and [p for p, _ in skipped] == [bad]
     bad.unlink()
 

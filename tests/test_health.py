@@ -16,14 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data_shards
-import energy
-import health
-import run_summary
-import tensorboard_log
 import train_improved as ti
 from conftest import ROOT, run, start
+from monitoring import energy, health, summary, tensorboard_log
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
+from tokens import stream
 
 # --- Synthetic series -----------------------------------------------------------------------------
 
@@ -70,7 +67,7 @@ class Series:
                 bad,
                 lr,
                 seconds * (1 + 0.05 * noise),
-                [*updates, *self.weights] if health.look_due(step) else [],
+                [*updates, *self.weights] if health.check_due(step) else [],
             )
             if step % cfg.eval_freq == 0:
                 said += self.evaluate()
@@ -374,7 +371,7 @@ def test_loss_by_position_is_the_mean_loss_there(short, data):
     assert sorted(parts) == [f"Loss_by_Position/{i:04d}-{i + 3:04d}" for i in range(0, 32, 4)]
     model = ti.GPT(2, 2, 16, 32)
     model.load_state_dict(torch.load(checkpoint(short, 3), weights_only=True)["model"])
-    windows = data_shards.open_source(str(data), "val", 32, 1337).windows_in_order(np.arange(16))
+    windows = stream.open_source(str(data), "val", 32, 1337).windows_in_order(np.arange(16))
     ids = torch.from_numpy(windows.astype(np.int64))
     with torch.no_grad():
         logits = model.logits(model.features(ids[:, :-1]))
@@ -528,4 +525,4 @@ def test_energy_is_in_the_last_words_and_in_the_charts_only_if_there_is_any(shor
     cfg = ti.Config(max_steps=10, run_name="a")
     run_ = SimpleNamespace(cfg=cfg, state=state, dist=SimpleNamespace(world_size=1))
     run_.checkpoint_folder = short / "checkpoints" / "a"
-    assert "after 0:01:00 of training, 2 kWh\n" in run_summary.farewell(run_, finished=False)
+    assert "after 0:01:00 of training, 2 kWh\n" in summary.farewell(run_, finished=False)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import tensorboard_log
 from conftest import run, start
-from jsonl_log import JsonLinesLog
+from monitoring import tensorboard_log
+from monitoring.jsonl_log import JsonLinesLog
 
 
 def lines(path: Path) -> list[dict]:

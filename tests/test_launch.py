@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import launch
 from conftest import SCRIPT, SMALL, environment, run
+from runtime import launch
 from test_training import checkpoint, logged
 
 STEP = {

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-import machine
 import train_improved as ti
 from conftest import run
+from runtime import machine
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 

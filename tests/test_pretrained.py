@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 import hellaswag
-import pretrained
 import train_improved as ti
+from checkpointing import pretrained
 from conftest import ROOT, environment, run
-from tokenizer import VOCAB_SIZE
+from tokens.tokenizer import VOCAB_SIZE
+from training import scoring
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 32}
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
@@ -172,7 +173,7 @@ def test_hellaswag_scores_a_folder_as_the_model_itself(model, tmp_path, capsys, 
     out = capsys.readouterr().out
     for word in ("hf, a Hugging Face folder", "attn.bias", "0.2955", "0.2892", "0.3114"):
         assert word in out, word
-    expected = hellaswag.score(model, hellaswag.load_items("items.jsonl"))
+    expected = scoring.score(model, scoring.load_items("items.jsonl"))
     lines = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
     for line, result in zip(lines, expected, strict=True):
         assert line["losses"] == pytest.approx(result.losses, abs=1e-6)

@@ -28,8 +28,8 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
-import tensorboard_log
-from tensorboard_log import TensorBoardLog, as_code, from_code, read_scalars
+from monitoring import tensorboard_log
+from monitoring.tensorboard_log import TensorBoardLog, as_code, from_code, read_scalars
 
 METRICS = ["Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy"]
 LAYOUT = {

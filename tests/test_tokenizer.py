@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import tokenizer
+from tokens import tokenizer
 
 SRC = Path(tokenizer.__file__).parent
 

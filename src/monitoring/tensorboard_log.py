@@ -52,7 +52,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor
 from torch.utils.tensorboard import summary as torch_summary
 
-from checkpoint_files import DISK_FULL, flush_folder
+from basics.durable import DISK_FULL, flush_folder
 
 # --- Records --------------------------------------------------------------------------------------
 # An event file is a row of records: uint64 length, masked CRC-32C of it, the Event's bytes, masked
@@ -487,6 +487,11 @@ class TensorBoardLog:
                 ) from None
             self._pending = [_start_record(first_step)]
             self._stop(error)
+
+    def rewind(self, first_step: int) -> None:
+        """Go on at first_step, after a roll-back: points of that step and later disappear."""
+        self.close()
+        self.__init__(self.log_dir, first_step, self.announce, self.retry_every)
 
     def _set_earlier_attempt_aside(self) -> None:
         earlier = [path for path in _event_files(self.log_dir) if path.stat().st_size]

@@ -8,7 +8,7 @@ import os
 import sys
 import tomllib
 
-from console import marked
+from basics.words import marked
 
 # What other training programs call them; for the suggestion after a typo.
 OTHER_NAMES = {

@@ -23,3 +23,18 @@ def marked(text: str, stream=None) -> str:
         if text.startswith(word):
             return tint(text, colour, stream)
     return text
+
+
+def size(n: float) -> str:
+    """1490000000 -> '1.49 GB'."""
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= length:
+            return f"{n / length:.2f} {unit}"
+    return f"{n:.0f} bytes"
+
+
+def age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(0, seconds):.0f} s"
