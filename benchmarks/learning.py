@@ -176,42 +176,50 @@ class Runs:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.finished = [load(json.loads(line)) for line in lines]
 
+    def find(self, setting: Setting) -> dict | None:
+        """Return the finished run with these settings."""
+        key = setting.key()
+        return next((run for run in self.finished if run["setting"].key() == key), None)
+
     def loss(self, setting: Setting) -> float:
         """Return the final validation loss, from the file or by training."""
-        key = setting.key()
-        for run in self.finished:
-            if run["setting"].key() == key:
-                return run["loss"]
-        work = self.out / "work" / key
+        return (self.find(setting) or self.train(setting))["loss"]
+
+    def train(self, setting: Setting) -> dict:
+        """Run the training program, or let it go on, and write the line. KeyboardInterrupt if
+        stopped, SystemExit with its last words if it fails."""
+        work = self.out / "work" / setting.key()
         work.mkdir(parents=True, exist_ok=True)
         log, spent = work / "log", work / "cpu_seconds"
+        command = setting.command(self.data_dir)
         with log.open("a") as output, self.lock:
             if self.stopped:
                 raise KeyboardInterrupt
             child = subprocess.Popen(
-                setting.command(self.data_dir),
+                command,
                 cwd=work,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=output,
                 stderr=output,
+                start_new_session=True,  # Ctrl-C is for us, who hand it on once
             )
             self.children.add(child)
-        _, status, usage = os.wait4(child.pid, 0)
+        _, status, usage = os.wait4(child.pid, 0)  # what this child alone has used
         child.returncode = os.waitstatus_to_exitcode(status)
         self.children.discard(child)
         before = float(spent.read_text()) if spent.exists() else 0.0
-        spent.write_text(f"{before + usage.ru_utime}")
+        spent.write_text(f"{before + usage.ru_utime:.1f}")
         if self.stopped:
             raise KeyboardInterrupt
         if child.returncode:
             said = "\n".join(log.read_text().splitlines()[-20:])
-            raise SystemExit(f"{shlex.join(setting.command(self.data_dir))}\n{said}")
+            raise SystemExit(f"{shlex.join(command)}\n{said}")
         metrics = (work / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
         values = [json.loads(line).get("Loss/validation") for line in metrics]
         loss = [value for value in values if value is not None][-1]
         run = dataclasses.asdict(setting) | {
             "loss": loss if math.isfinite(loss) else None,
-            "cpu_seconds": round(float(spent.read_text()), 1),
+            "cpu_seconds": float(spent.read_text()),
         }
         with self.lock, self.file.open("a") as lines:
             lines.write(json.dumps(run) + "\n")
@@ -222,7 +230,7 @@ class Runs:
             f"{setting.seed} {setting.steps:>6} steps: loss {loss:.4f}",
             flush=True,
         )
-        return self.finished[-1]["loss"]
+        return load(run)
 
     def stop(self, *_):
         """Let the children save, as SIGTERM makes them, and begin no other."""
@@ -270,14 +278,18 @@ def grid(args, runs: Runs) -> None:
 
     pairs = [(size, arm) for size in args.sizes for arm in zip(args.arms, args.max_lr, strict=True)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        rates = list(pool.map(rate, pairs))
-        work = [
-            setting(size, arm, max_lr, seed, steps)
-            for steps in sorted(args.steps)
-            for seed in args.seeds
-            for (size, (arm, _)), max_lr in zip(pairs, rates, strict=True)
-        ]
-        list(pool.map(runs.loss, work))
+        try:
+            rates = list(pool.map(rate, pairs))
+            work = [
+                setting(size, arm, max_lr, seed, steps)
+                for steps in sorted(args.steps)
+                for seed in args.seeds
+                for (size, (arm, _)), max_lr in zip(pairs, rates, strict=True)
+            ]
+            list(pool.map(runs.loss, work))
+        except BaseException:
+            runs.stop()  # the other jobs, too
+            raise
 
 
 # --- Fits -----------------------------------------------------------------------------------------
