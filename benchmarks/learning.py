@@ -320,13 +320,13 @@ def predicted(E: float, line: tuple[float, float], D):
     return E + A * D**-alpha
 
 
-def bootstrap(curves: list[np.ndarray], draws: int = 300) -> list:
+def bootstrap(curves: list[np.ndarray], draws: int = 300, seed: int = 0) -> list:
     """Return fits of losses drawn around the fit: normal, with the variance that the fit leaves."""
     E, lines = fit(curves)
     truth = [predicted(E, line, curve[:, 0]) for line, curve in zip(lines, curves, strict=True)]
     left = sum(len(curve) for curve in curves) - 1 - 2 * len(curves)
     squares = sum(((curve[:, 1] - t) ** 2).sum() for curve, t in zip(curves, truth, strict=True))
-    sigma, generator = math.sqrt(squares / max(1, left)), np.random.default_rng(0)
+    sigma, generator = math.sqrt(squares / max(1, left)), np.random.default_rng(seed)
     return [
         fit(
             [
@@ -338,6 +338,15 @@ def bootstrap(curves: list[np.ndarray], draws: int = 300) -> list:
     ]
 
 
+def fits_of_two(curves: list[np.ndarray], one_limit: bool) -> list:
+    """Return [((E, (A, alpha)) of the first, the same of the second)]: the fit, then its draws."""
+    if one_limit:
+        fits = [fit(curves), *bootstrap(curves)]
+        return [((E, first), (E, second)) for E, (first, second) in fits]
+    each = [[fit([curve]), *bootstrap([curve], seed=i)] for i, curve in enumerate(curves)]
+    return [((E, a), (F, b)) for (E, (a,)), (F, (b,)) in zip(*each, strict=True)]
+
+
 def share_at(D: float, reference, arm) -> float:
     """Tokens of an arm for the reference's loss after D, as a share of D; each (E, (A, alpha))."""
     target, (E, (A, alpha)) = predicted(*reference, D), arm
@@ -347,7 +356,7 @@ def share_at(D: float, reference, arm) -> float:
 
 
 def interval(values) -> tuple[float, float]:
-    """5th and 95th percentile; infinities are large."""
+    """Return the 5th and 95th percentile; infinities are large."""
     low, high = np.percentile(np.minimum(values, 1e9), [5, 95])
     return float(low), float(high)
 
@@ -370,8 +379,12 @@ class Point:
 
 
 def points(runs: list[dict]) -> list[Point]:
-    """Of one arm: at each length the rate with most seeds, of those the one with the least loss."""
+    """Return one for each length: of the rates with most seeds the one with the least loss.
+
+    Runs that diverged are left out.
+    """
     found = []
+    runs = [run for run in runs if math.isfinite(run["loss"])]
     for steps in sorted({run["steps"] for run in runs}):
         rates = {}
         for run in runs:
@@ -387,7 +400,7 @@ def points(runs: list[dict]) -> list[Point]:
 
 
 def tokens_to(curve: list[Point], loss: float) -> float:
-    """Tokens after which the line through the curve's points, over log tokens, is at `loss`.
+    """Return where the line through the curve's points, over log tokens, is at `loss`.
 
     Beyond the points the nearest two are extended.
     """
@@ -412,6 +425,7 @@ class Group:
     seq_len: int
     vocabulary: int
     tokens_per_step: int
+    val_tokens: int
     arms: dict[str, list[Point]]
 
     def __str__(self):
@@ -430,16 +444,16 @@ class Group:
     def share(self, point: Point, of: str = REFERENCE) -> tuple[float, float, float, bool]:
         """Tokens of a point as a share of what `of` needs for its loss: (share, low, high, inside).
 
-        low and high: 90%, from the seeds' spread alone. inside: nothing is extrapolated.
+        low and high: 90%, from the seeds' spread alone, nan without one. inside: not extrapolated.
         """
         curve = self.arms[of]
         seeds = statistics.mean(len(p.losses) for p in curve)
         error = 1.645 * self.spread() * math.sqrt(1 / len(point.losses) + 1 / seeds)
-        share, low, high = (
-            point.tokens / tokens_to(curve, point.loss + e) for e in (0.0, -error, error)
-        )
-        inside = curve[0].loss >= point.loss >= curve[-1].loss
-        return share, low, high, inside
+        share = point.tokens / tokens_to(curve, point.loss)
+        low = high = math.nan
+        if math.isfinite(error):
+            low, high = (point.tokens / tokens_to(curve, point.loss + e) for e in (-error, error))
+        return share, low, high, curve[0].loss >= point.loss >= curve[-1].loss
 
     def curve(self, arm: str) -> np.ndarray:
         return np.array([[p.tokens, loss] for p in self.arms[arm] for loss in p.losses])
@@ -449,13 +463,22 @@ def groups(finished: list[dict]) -> list[Group]:
     """Sort runs; sizes in order, arms with the reference first."""
     found = {}
     for run in finished:
-        place = [run[n] for n in ("data", "size", "seq_len", "vocabulary", "tokens_per_step")]
-        place = tuple(place)
-        found.setdefault(place, {}).setdefault(run["arm"], []).append(run)
+        names = "data", "size", "seq_len", "vocabulary", "tokens_per_step", "val_tokens"
+        arms = found.setdefault(tuple(run[name] for name in names), {})
+        arms.setdefault((run["arm"], run["flags"]), []).append(run)
     result = []
     for place in sorted(found, key=lambda p: (p[0], parameters(*p[1:4]), p)):
-        arms = sorted(found[place].items(), key=lambda item: (item[0] != REFERENCE, item[0]))
-        result.append(Group(*place, {arm: points(runs) for arm, runs in arms}))
+        arms = sorted(found[place].items(), key=lambda item: (item[0][0] != REFERENCE, item[0]))
+        called = [arm for (arm, _), _ in arms]
+        result.append(
+            Group(
+                *place,
+                {
+                    arm if called.count(arm) == 1 else f"{arm}, {flags or 'no flags'}": points(runs)
+                    for (arm, flags), runs in arms
+                },
+            )
+        )
     return result
 
 
@@ -472,7 +495,9 @@ def print_table(group: Group) -> None:
                 cell = ""
                 if of != arm and len(group.arms.get(of, [])) > 1:
                     share, low, high, inside = group.share(point, of)
-                    cell = f"{share:.2f} ({low:.2f} to {high:.2f})" + ("" if inside else " *")
+                    cell = f"{share:.2f}" + ("" if inside else " *")
+                    if math.isfinite(low):
+                        cell += f" ({low:.2f} to {high:.2f})"
                 cells.append(cell)
             print(
                 f"| {arm} | {point.tokens / 1e6:.2f} | {point.tokens // group.tokens_per_step} | "
@@ -482,32 +507,32 @@ def print_table(group: Group) -> None:
 
 
 def print_fits(group: Group, arm: str) -> None:
-    """Fits of the reference and an arm, and what they say far beyond the runs."""
+    """Fits of the reference and an arm, and what they say far beyond the runs.
+
+    A run of another size is taken to stand where this one has as many tokens for each parameter.
+    """
     curves = [group.curve(REFERENCE), group.curve(arm)]
     per_parameter = parameters(group.size, group.seq_len, group.vocabulary)
-    for title, joint in (("each with its own E", False), ("one E for both", True)):
-        if joint:
-            fits = [(E, lines) for E, lines in [fit(curves), *bootstrap(curves)]]
-            pairs = [((E, a), (E, b)) for E, (a, b) in fits]
-        else:
-            two = [[fit([c]), *bootstrap([c])] for c in curves]
-            pairs = [((E, a), (F, b)) for (E, (a,)), (F, (b,)) in zip(*two, strict=True)]
-        print(f"\nL = E + A / D^alpha, {title} (90%):")
-        for name, fitted in zip((REFERENCE, arm), zip(*pairs, strict=True), strict=True):
-            rows = [(E, A, alpha) for E, (A, alpha) in fitted]
-            cells = [
-                f"{label} {rows[0][i]:.3g} ({interval([row[i] for row in rows[1:]])[0]:.3g} to "
-                f"{interval([row[i] for row in rows[1:]])[1]:.3g})"
-                for i, label in enumerate(("E", "A", "alpha"))
-            ]
+    end = curves[0][:, 0].max() / per_parameter
+    for one_limit in (False, True):
+        pairs = fits_of_two(curves, one_limit)
+        print(f"\n{group}: L = E + A / D^alpha, {'one E' if one_limit else 'an E for each'} (90%)")
+        for name, fits in zip((REFERENCE, arm), zip(*pairs, strict=True), strict=True):
+            cells = []
+            for label, (value, *draws) in zip(
+                ("E", "A", "alpha"),
+                zip(*((E, *line) for E, line in fits), strict=True),
+                strict=True,
+            ):
+                low, high = interval(draws)
+                cells.append(f"{label} {value:.3g} ({low:.3g} to {high:.3g})")
             print(f"  {name}: {', '.join(cells)}")
         for label, ratio in REAL_RUNS.items():
-            shares = [share_at(ratio * per_parameter, *pair) for pair in pairs]
-            low, high = interval(shares[1:])
+            share, *draws = (share_at(ratio * per_parameter, *pair) for pair in pairs)
+            low, high = interval(draws)
             verdict = "" if high < 1.5 * low else "; these data do not decide it"
             print(
-                f"  {label} ({ratio:.0f} tokens a parameter; these runs end at "
-                f"{curves[0][:, 0].max() / per_parameter:.2g}): share {shares[0]:.2g} "
+                f"  {label}, {ratio:.0f} tokens a parameter ({end:.2g} here): share {share:.2g} "
                 f"({low:.2g} to {high:.2g}){verdict}"
             )
 
@@ -554,10 +579,8 @@ def summary(runs: Runs) -> None:
         for group in mine:
             print_table(group)
             for arm in group.arms:
-                if (
-                    arm != REFERENCE
-                    and min(len(group.arms.get(a, [])) for a in (REFERENCE, arm)) > 3
-                ):
+                lengths = [len(group.arms.get(name, [])) for name in (REFERENCE, arm)]
+                if arm != REFERENCE and min(lengths) > 3:
                     print_fits(group, arm)
         drawn = [g for g in mine if min(len(g.arms.get(a, [])) for a in (REFERENCE, "fast")) > 1]
         if drawn:
