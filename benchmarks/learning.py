@@ -493,7 +493,7 @@ def print_table(group: Group) -> None:
             cells = []
             for of in (REFERENCE, "fast"):
                 cell = ""
-                if of != arm and len(group.arms.get(of, [])) > 1:
+                if arm not in (of, REFERENCE) and len(group.arms.get(of, [])) > 1:
                     share, low, high, inside = group.share(point, of)
                     cell = f"{share:.2f}" + ("" if inside else " *")
                     if math.isfinite(low):
@@ -546,26 +546,29 @@ def plot(path: Path, found: list[Group]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
     for i, group in enumerate(found):
-        for arm, line in ((REFERENCE, "--"), ("fast", "-")):
-            data = group.curve(arm)
-            color = f"C{i}"
-            left.scatter(data[:, 0], data[:, 1], 14, color, marker="o" if arm == "fast" else "x")
-            D = np.geomspace(data[:, 0].min(), data[:, 0].max())
+        for arm, line, marker in ((REFERENCE, "--", "x"), ("fast", "-", "o")):
+            D, L = group.curve(arm).T
+            left.scatter(D / 1e6, L, 14, f"C{i}", marker=marker)
             if len(group.arms[arm]) > 2:
-                E, (fitted,) = fit([data])
-                left.plot(D, predicted(E, fitted, D), line, color=color, label=f"{arm}, {group}")
+                E, (fitted,) = fit([group.curve(arm)])
+                D = np.geomspace(D.min(), D.max())
+                style = {"color": f"C{i}", "label": f"{arm}, {group.size}"}
+                left.plot(D / 1e6, predicted(E, fitted, D), line, **style)
         there = [(p, *group.share(p)) for p in group.arms["fast"]]
-        there = [row for row in there if row[-1]]
-        x = [p.tokens / share for p, share, *_ in there]
+        there = [row for row in there if row[-1]]  # within the reference's lengths
+        x = [p.tokens / share / 1e6 for p, share, *_ in there]
         y = [share for _, share, *_ in there]
         error = [[s - low for _, s, low, *_ in there], [high - s for _, s, _, high, _ in there]]
-        right.errorbar(x, y, np.nan_to_num(error), color=color, marker="o", capsize=3)
+        style = {"color": f"C{i}", "label": group.size, "marker": "o", "capsize": 3}
+        right.errorbar(x, y, np.nan_to_num(error), **style)
     for axes in (left, right):
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.3g}")
+        axes.legend()
     right.axhline(0.4, color="grey", linestyle=":")
-    left.set(xlabel="tokens of the run", ylabel="final validation loss (nats)")
-    left.legend(fontsize=7)
-    right.set(xlabel="tokens of the reference", ylabel="share of them that fast needs", ylim=(0, 1))
+    left.set(xlabel="million tokens of the run", ylabel="final validation loss (nats)")
+    right.set(xlabel="million tokens of the reference", ylabel="share of them that fast needs")
+    right.set_ylim(0, 1)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
@@ -580,7 +583,7 @@ def summary(runs: Runs) -> None:
             print_table(group)
             for arm in group.arms:
                 lengths = [len(group.arms.get(name, [])) for name in (REFERENCE, arm)]
-                if arm != REFERENCE and min(lengths) > 3:
+                if arm != REFERENCE and "+" not in arm and min(lengths) > 3:
                     print_fits(group, arm)
         drawn = [g for g in mine if min(len(g.arms.get(a, [])) for a in (REFERENCE, "fast")) > 1]
         if drawn:
