@@ -46,9 +46,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TINY = (
-    "--n_layer 2 --n_head 2 --n_embd 16 --seq_len 32 --total_batch_size 512 --micro_batch_size 4 "
+    "--n_layer 2 --n_head 2 --n_embd 8 --seq_len 32 --total_batch_size 128 --micro_batch_size 1 "
     "--max_lr 1e-2 --max_steps 40 --checkpoint_freq 10 --keep_checkpoints 9 --eval_freq 20 "
-    "--histogram_freq 20 --val_tokens 512 --sample_tokens 8 --use_tensorboard --device cpu "
+    "--histogram_freq 20 --val_tokens 256 --sample_tokens 8 --use_tensorboard --device cpu "
     "--data_dir ../data --hellaswag_file ../few_items.jsonl"
 ).split()
 KILLED_AT, LAST = "step_00000020.pt", "step_00000040.pt"
