@@ -100,7 +100,7 @@ class Side:
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
-    """kill -9 for a process and all that it has started (torchrun's workers lead own groups)."""
+    """Kill a process and all that it has started with -9 (torchrun's workers lead own groups)."""
     table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
     pairs = [tuple(map(int, line.split())) for line in table.stdout.splitlines()]
     family = [process.pid]
@@ -116,7 +116,7 @@ def kill_with_children(process: subprocess.Popen) -> None:
 
 @functools.cache
 def trained(side: Side, optimizer: str, dtype: str, nproc: int) -> str:
-    """Train, kill and resume -> name of the run. Always resumed from the same step."""
+    """Train, kill, resume from step 20 to the end; return the run's name."""
     name = f"{optimizer}-{dtype}-{nproc}"
     flags = [*TINY, "--optimizer", optimizer, "--dtype", dtype, "--run_name", name]
     checkpoints = side.folder / "checkpoints" / name
@@ -142,7 +142,7 @@ def trained(side: Side, optimizer: str, dtype: str, nproc: int) -> str:
 
 
 def flat(value, name: str = "") -> dict:
-    """{"optimizer.state.0.exp_avg": tensor, ...} of nested dicts and lists."""
+    """Return nested dicts and lists as one dict, {"optimizer.state.0.exp_avg": tensor, ...}."""
     if not isinstance(value, (dict, list)):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -151,7 +151,7 @@ def flat(value, name: str = "") -> dict:
 
 
 def bits(value):
-    """What is compared, equal only if every bit is: not a number is equal to itself, 0 not to -0"""
+    """Return what is equal only where every bit is: NaN equals itself, 0 does not equal -0."""
     if isinstance(value, torch.Tensor):
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return value.dtype, value.shape, data
@@ -159,7 +159,7 @@ def bits(value):
 
 
 def distance(old, new) -> str:
-    """In words, how two values differ."""
+    """Say in words how two values differ."""
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape == new.shape:
         apart = (old.double() - new.double()).abs()
         return f"{int((apart > 0).sum())} of {apart.numel()} numbers, at most {apart.max():.2g}"
@@ -169,7 +169,7 @@ def distance(old, new) -> str:
 
 
 def difference(old: dict, new: dict) -> str | None:
-    """Where two sides differ, None if nowhere."""
+    """Say where two sides differ; None if nowhere."""
     for name, one, other in (("OLD", old, new), ("NEW", new, old)):
         if only := [key for key in one if key not in other]:
             return f"only in {name}: {', '.join(only[:3])}" + (" ..." if only[3:] else "")
@@ -197,35 +197,38 @@ def training(args) -> Iterator:
 
         yield "{} {} on {} process(es)".format(*case), result
     for optimizer in ("adamw", "muon"):
+        olds = args.old.folder / "checkpoints" / trained(args.old, optimizer, "float32", 1)
 
-        def resumed(side, case=(optimizer, "float32", 1)):
-            name = trained(args.old, *case)
-            checkpoints = args.old.folder / "checkpoints" / name
-            if side is args.new:
-                flags = ["--resume", checkpoints / KILLED_AT, "--run_name", f"from-old-{name}"]
-                side.run("train_improved.py", *TINY, *flags)
-                checkpoints = side.folder / "checkpoints" / f"from-old-{name}"
-            return weights(checkpoints / LAST)
+        def resumed(side, olds=olds):
+            if side is args.old:
+                return weights(olds / LAST)
+            name = f"from-old-{olds.name}"
+            flags = ["--resume", olds / KILLED_AT, "--run_name", name]
+            side.run("train_improved.py", *TINY, *flags)
+            return weights(side.folder / "checkpoints" / name / LAST)
 
         yield f"{optimizer}, OLD's step 20 resumed by NEW", resumed
 
 
 def events(log: EventAccumulator) -> dict:
-    """{tag: [(step, value), ...]} of what TensorBoard shows of a run; of speed only the steps."""
+    """Return {tag and step: values} of all that TensorBoard shows of a run; of speed no values."""
+    shown = [
+        (tag, event.step, None if tag.startswith("Performance/") else event.value)
+        for tag in log.Tags()["scalars"]
+        for event in log.Scalars(tag)
+    ]
+    for tag in log.Tags()["histograms"]:
+        shown += [(tag, event.step, event.histogram_value) for event in log.Histograms(tag)]
+    for tag in log.Tags()["tensors"]:  # text, and which curves share a chart
+        shown += [(tag, event.step, event.tensor_proto) for event in log.Tensors(tag)]
     result = {}
-    for event in log.Tags()["scalars"]:
-        timed = event.startswith("Performance/")
-        result[event] = [(e.step, "" if timed else e.value) for e in log.Scalars(event)]
-    for event in log.Tags()["histograms"]:
-        result[event] = [(e.step, e.histogram_value) for e in log.Histograms(event)]
-    for event in log.Tags()["tensors"]:  # text, and which curves share a chart
-        result[event] = [(e.step, e.tensor_proto) for e in log.Tensors(event)]
-    # A dict, so that a difference names the step.
-    return {f"{tag} step {step}": value for tag in result for step, value in result[tag]}
+    for tag, step, value in shown:
+        result.setdefault(f"{tag} at step {step}", []).append(value)
+    return result
 
 
 def hyperparameters(log: EventAccumulator) -> dict:
-    """What the HParams tab shows, without times."""
+    """Return {name: value} of what the HParams tab shows, without times."""
     result = {}
     for tag, content in log.PluginTagToContent("hparams").items():
         data = HParamsPluginData.FromString(content)
@@ -267,7 +270,7 @@ STRANGE = [
 
 
 def write_sources(args, folder: Path) -> dict[str, list]:
-    """Write the corpora that `shards` reads -> {what it is: the command's words}."""
+    """Write the corpora that `shards` reads; return {what it is: the command's words}."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -291,7 +294,7 @@ def write_sources(args, folder: Path) -> dict[str, list]:
 
 
 def prepare(side: Side, out: Path, words: list) -> dict:
-    """Run prepare_data.py -> its shards' bytes, and what manifest.json says of their content."""
+    """Return the bytes of the shards that prepare_data.py makes, and what the manifest says."""
     side.run("prepare_data.py", *words, "--shard_tokens", 100_000, "--workers", 2, "--out", out)
     manifest = json.loads((side.folder / out / "manifest.json").read_bytes())
     told = ("tokens", "val_tokens", "documents", "counts", "shards")
@@ -350,7 +353,7 @@ PARTS = (training, tags, shards, export, hellaswag, sample)
 
 
 def compare(part, args) -> bool:
-    """Print a line for each comparison of a part; True if all are the same."""
+    """Print a line for each comparison of a part; return True if all are the same."""
     same = True
 
     def tell(name: str, where: str | None):
