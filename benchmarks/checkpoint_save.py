@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from checkpointing import background, files, run_folders
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-import checkpoint_files
 
 
 def gpt2_state(device: str, n_layer: int = 12, C: int = 768, T: int = 1024, V: int = 50257) -> dict:
@@ -79,7 +80,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="checkpoint_save-", dir=args.folder))
     try:
         state = gpt2_state(args.device)
-        saver = checkpoint_files.BackgroundSaver()
+        saver = background.BackgroundSaver()
         print(f"reserving the copy: {seconds(lambda: saver.allocate(state)):.2f} s, once")
         plain, durable, wait, behind, slowdown = [], [], [], [], []
         training_steps(args.device, lambda: False)  # warm up
@@ -88,9 +89,9 @@ def main() -> None:
             plain.append(seconds(lambda: torch.save(state, folder / "plain.pt")))
             with open(folder / "plain.pt", "rb") as file:
                 os.fsync(file.fileno())  # what it left to the kernel is not to be paid by the next
-            durable.append(seconds(lambda: checkpoint_files.save(folder / "sync.pt", state)))
+            durable.append(seconds(lambda: files.save(folder / "sync.pt", state)))
             (folder / "sync.pt").unlink()
-            path = checkpoint_files.step_path(folder, i)
+            path = files.step_path(folder, i)
             began = time.perf_counter()
             wait.append(saver.save(path, state, {"step": i}))
             busy_speed = training_steps(args.device, saver.busy)
@@ -103,9 +104,9 @@ def main() -> None:
                 f"{durable[-1]:.2f} s, wait for the background save {wait[-1]:.3f} s "
                 f"({behind[-1]:.2f} s until on disk, training {100 * slowdown[-1]:.0f}% slower)"
             )
-            checkpoint_files.retain(folder, keep_last=1)
+            run_folders.retain(folder, keep_last=1)
         began = time.perf_counter()
-        checkpoint_files.load(path)
+        files.load(path)
         load = time.perf_counter() - began
         saver.close()
     finally:

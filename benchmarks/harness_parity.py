@@ -26,8 +26,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import hellaswag
+from training import scoring
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 
 def with_halves(line: str) -> str:
@@ -70,11 +72,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "items.jsonl")
         path.write_text("".join(map(with_halves, lines)), encoding="utf-8")
-        items = hellaswag.load_items(path, "harness")
+        items = scoring.load_items(path, "harness")
         model, notes = hellaswag.load_model(args.folder, torch.device(args.device))
         print("\n".join(notes))
         start = time.process_time()
-        ours = hellaswag.score(model, items)
+        ours = scoring.score(model, items)
         middle = time.process_time()
         theirs, sums = by_harness(args.folder, path, args.device, args.batch_size)
         end = time.process_time()
@@ -82,7 +84,7 @@ def main() -> int:
     equal = True
     print(f"{len(items):,} items{'ours':>17}{'harness':>12}")
     for metric in ("acc", "acc_norm"):
-        here = hellaswag.accuracy(ours, f"predicted_{metric}")
+        here = scoring.accuracy(ours, f"predicted_{metric}")
         there = theirs[f"{metric},none"]
         equal &= abs(here - there) < 1e-9
         print(f"{metric:20}{here:>10.4f}{there:>12.4f}")

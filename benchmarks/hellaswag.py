@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # this file is called hellaswag, too
-import hellaswag
-import machine
 import train_improved
+from runtime import machine
+from training import scoring
 
 
 @torch.inference_mode()
@@ -49,7 +49,9 @@ def one_item_at_a_time(model, items) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--file", default=hellaswag.DEFAULT_FILE, help="items as JSON lines")
+    parser.add_argument(
+        "--file", default=train_improved.Config.hellaswag_file, help="items as JSON lines"
+    )
     parser.add_argument("--items", type=int, default=24, help="how many of them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_tokens", type=int, help="of a pass [the default of the device]")
@@ -57,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
 
     machine.keep_freed_memory()  # for both ways, as training has it
-    items = hellaswag.load_items(args.file)
+    items = scoring.load_items(args.file)
     items = random.Random(0).sample(items, min(args.items, len(items)))
     torch.manual_seed(0)
     model = train_improved.GPT(n_layer=12, n_head=12, n_embd=768, seq_len=1024)
@@ -66,7 +68,7 @@ def main() -> None:
     ways = {
         "one item at a time": lambda some: one_item_at_a_time(model, some),
         "hellaswag.score": lambda some: torch.tensor(
-            [r.losses for r in hellaswag.score(model, some, args.batch_tokens)]
+            [r.losses for r in scoring.score(model, some, args.batch_tokens)]
         ),
     }
     results, seconds = {}, {name: [] for name in ways}

@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tokens import loader as token_loader
+from tokens import shards, stream
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-import data_shards
 
 
 def resident_mb() -> float:
@@ -73,14 +75,14 @@ def waiting(args) -> None:
         folder, rng = Path(name), np.random.default_rng(0)
         for k in range(4):
             tokens = rng.integers(0, 50257, 50_000_000, dtype=np.uint16)
-            data_shards.write_shard(folder / f"random_train_{k:06d}.bin", tokens)
-        source = data_shards.open_source(name, "train", args.seq_len, 0)
+            shards.write_shard(folder / f"random_train_{k:06d}.bin", tokens)
+        source = stream.open_source(name, "train", args.seq_len, 0)
         results: dict[str, list[tuple[float, float, float]]] = {"cold": [], "cached": []}
         for _ in range(args.rounds):
             for state in results:
                 if state == "cold":
                     drop_from_cache(folder)
-                loader = data_shards.StepLoader(source, args.windows, 0, 1, "cpu")
+                loader = token_loader.StepLoader(source, args.windows, 0, 1, "cpu")
                 batch = next(loader)  # the first one is waited for, once in a run
                 total, waited = timed_loop(lambda: next(loader), step, args.steps)  # noqa: B023
                 loader.close()
@@ -103,14 +105,14 @@ def waiting(args) -> None:
 def scale(args) -> None:
     size, T, windows = 100_000_000, 1024, 512
     header = np.zeros(256, "<i4")
-    header[:3] = data_shards.MAGIC, data_shards.VERSION, size
+    header[:3] = shards.MAGIC, shards.VERSION, size
     with tempfile.TemporaryDirectory() as name:
         for k in range(100):
             path = Path(name, f"sparse_train_{k:06d}.bin")
             path.write_bytes(header)
-            os.truncate(path, data_shards.HEADER_BYTES + 2 * size)
+            os.truncate(path, shards.HEADER_BYTES + 2 * size)
         begin = time.perf_counter()
-        source = data_shards.open_source(name, "train", T, 1337)
+        source = stream.open_source(name, "train", T, 1337)
         print(f"opening {source.num_tokens:,} tokens: {time.perf_counter() - begin:.3f} s")
 
         def cost(step: int) -> float:
@@ -133,11 +135,10 @@ def scale(args) -> None:
         print(f"resident memory after {read:,.0f} MB of shuffled reads: {grown:+.0f} MB")
         memory = resident_mb()
         maps = [
-            np.memmap(path, "<u2", "r", data_shards.HEADER_BYTES)
-            for path in source.streams[0].paths
+            np.memmap(path, "<u2", "r", shards.HEADER_BYTES) for path in source.streams[0].paths
         ]
         for i in range(400):
-            for window in data_shards.epoch_order(
+            for window in stream.epoch_order(
                 1337, 0, source.num_windows, np.arange(i * windows, (i + 1) * windows)
             ).tolist():
                 shard, first = divmod(window * T, size)

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import numpy as np
 import torch
 
-import data_shards
-import machine
-import tensorboard_log
 import train_improved as ti
-from supervisor import Supervisor
+from monitoring.event_files import RunReader
+from runtime import machine
+from runtime.supervisor import Supervisor
+from tokens import shards
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 2_000_000), ("val", 20_000)):
         tokens = rng.integers(0, 50_257, count).astype(np.uint16)
-        data_shards.write_shard(folder / f"random_{split}_000000.bin", tokens)
+        shards.write_shard(folder / f"random_{split}_000000.bin", tokens)
     given = {
         "model": "tiny", "data_dir": str(folder), "total_batch_size": args.total_batch_size,
         "max_steps": 1_000_000, "warmup_steps": 10, "run_name": "overhead", "device": "cpu",
@@ -55,7 +55,7 @@ def main() -> None:
     train_model, loader, saver, monitor = ti.build(run, checkpoint)
     supervisor = Supervisor()
     params = list(run.model.parameters())
-    batch = loader.next_batch(run.poll)
+    batch = loader.next_batch()
     run.state.position = loader.position
 
     def bare_step() -> float:
@@ -79,7 +79,7 @@ def main() -> None:
         first = run.state.step + 1
         run.cfg.max_steps = run.state.step + steps
         with contextlib.redirect_stdout(sys.stderr):
-            ti.train(run, train_model, loader, saver, monitor, supervisor)
+            ti.Training(run, train_model, loader, saver, monitor, supervisor).train()
         return [s for s in range(first + 1, first + steps - 1) if s % 250]
 
     everything(20)
@@ -91,8 +91,10 @@ def main() -> None:
     saver.close()
     loader.close()
     supervisor.close()
-    points = tensorboard_log.read_scalars(folder / "runs" / "overhead")
-    milliseconds = {step: value for step, value, _ in points["Performance/step_time_ms"]}
+    reader = RunReader(folder / "runs" / "overhead")
+    reader.update()
+    points = reader.scalars["Performance/step_time_ms"]
+    milliseconds = dict(zip(points.steps, points.values, strict=True))
     full = [statistics.median(milliseconds[s] for s in steps) / 1000 for steps in counted]
     for i, (a, b) in enumerate(zip(bare, full, strict=True)):
         print(f"round {i + 1}: bare {1000 * a:.1f} ms, everything {1000 * b:.1f} ms, {b / a:.4f}")

@@ -32,9 +32,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-import data_shards  # noqa: E402
 import prepare_data  # noqa: E402
-from tokenizer import EOT, get_tokenizer  # noqa: E402
+from tokens import encoding, shards  # noqa: E402
+from tokens.tokenizer import EOT, get_tokenizer  # noqa: E402
 
 BOOKS = ROOT.parent / "shared" / "data" / "books_train.jsonl.gz"
 SHARD_TOKENS = 10_000_000
@@ -96,12 +96,12 @@ def usual_recipe(path: Path, out: Path) -> int:
 
 
 def encode_share(texts: list[str], joined: bool, barrier, queue) -> None:
-    encoder, _ = prepare_data.encoders()
+    encoder, _ = encoding.encoders()
     barrier.wait()
     started, total = time.perf_counter(), 0
     if joined:
         for i in range(0, len(texts), 100):
-            total += len(prepare_data.encode_documents(texts[i : i + 100], Counter()))
+            total += len(encoding.encode_documents(texts[i : i + 100], Counter()))
     else:
         total = sum(len(encoder.encode_ordinary(text)) for text in texts) + len(texts)
     queue.put((total, time.perf_counter() - started))
@@ -198,7 +198,7 @@ def compare(path: Path, work: Path, rounds: int) -> None:
     print(f"ratio to the usual recipe {rates['prepare_data.py'] / rates['usual recipe']:.2f}")
     print(f"share of the tokenizer alone {rates['prepare_data.py'] / limits[True]:.0%}")
     left = np.concatenate([np.load(f) for f in sorted(usual.iterdir())])
-    streams = [data_shards.open_split(str(ours), split) for split in ("val", "train")]
+    streams = [shards.open_split(str(ours), split) for split in ("val", "train")]
     right = np.concatenate([s.read(0, s.num_tokens) for s in streams])
     print("same tokens:", np.array_equal(left, right))
     print("load of the machine:", os.getloadavg())

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-import machine
-import sample
-import tokenizer
 import train_improved
+from runtime import machine
+from tokens import tokenizer
+from training import generation
 
 TEXTS = (
     "Hello, I'm a language model,",
@@ -64,7 +64,7 @@ def same_tokens(model, prompt, row, draws) -> int:
     ids = torch.tensor([prompt + row], device=device)
     with torch.no_grad():
         logits = model.logits(model.features(ids[:, :-1])[0, len(prompt) - 1 :])
-        chosen = sample.choose(logits, draws[: len(row)].to(device), 0.8, 50, 1.0)
+        chosen = generation.choose(logits, draws[: len(row)].to(device), 0.8, 50, 1.0)
     return int((chosen == ids[0, len(prompt) :]).sum())
 
 
@@ -95,10 +95,10 @@ def main() -> None:
         )
         for count in args.prompts:
             prompts = [enc.encode(TEXTS[i % len(TEXTS)]) for i in range(count)]
-            list(sample.stream(model, prompts, 2, torch.Generator()))  # not timed: first use
+            list(generation.stream(model, prompts, 2, torch.Generator()))  # not timed: first use
             generator = torch.Generator().manual_seed(1)
             rows, start = [[] for _ in prompts], clock(device)
-            for tokens in sample.stream(model, prompts, args.tokens, generator):
+            for tokens in generation.stream(model, prompts, args.tokens, generator):
                 for row, token in zip(rows, tokens, strict=True):
                     row += [token] if token is not None else []
             fast = clock(device) - start

@@ -28,15 +28,15 @@ def ours(args) -> dict:
     """Tokens per second, peak memory and shares of this program, from its own parts."""
     import numpy as np
 
-    import data_shards
     import train_improved as ti
+    from tokens import shards
 
     folder = Path(tempfile.mkdtemp())
     step_tokens = args.micro_batch_size * args.seq_len * args.accumulation
     rng = np.random.default_rng(0)
     for split, steps in (("train", args.steps + 4), ("val", 1)):
         tokens = rng.integers(0, 50_257, (steps + 1) * step_tokens).astype(np.uint16)
-        data_shards.write_shard(folder / f"random_{split}_000000.bin", tokens)
+        shards.write_shard(folder / f"random_{split}_000000.bin", tokens)
     given = {
         "model": args.model, "seq_len": args.seq_len, "data_dir": str(folder), "dtype": args.dtype,
         "micro_batch_size": args.micro_batch_size, "total_batch_size": step_tokens,
@@ -75,9 +75,9 @@ def ours(args) -> dict:
 
     def step(model, timing: bool) -> float:
         start = clock[0] = time.perf_counter()
-        batch = loader.next_batch(run.poll)
+        batch = loader.next_batch()
         took("data") if timing else None
-        loss = ti.forward_backward(run, model, batch)
+        loss = ti.forward_backward(run, model, batch, lambda: None)
         took("backward") if timing else None
         norm = ti.nn.utils.get_total_norm([p.grad for p in params])
         ti.nn.utils.clip_grads_with_norm_(params, 1.0, norm)
@@ -87,7 +87,7 @@ def ours(args) -> dict:
         took("optimizer") if timing else None
         run.state.step += 1
         with contextlib.redirect_stdout(sys.stderr):
-            monitor.step(run, float(loss), float(norm), False, 1e-4, 1.0)
+            monitor.step(run, float(loss), float(norm), False, 1e-4, 1.0, [])
         took("logging") if timing else None
         wait()
         return time.perf_counter() - start
@@ -172,7 +172,7 @@ def main() -> None:
 
     import torch
 
-    import machine
+    from runtime import machine
 
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,10 +25,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import checkpoint_files
-import pretrained
-import tokenizer
-from tokenizer import EOT, VOCAB_SIZE
+from checkpointing import files as checkpoint_files
+from checkpointing import pretrained
+from tokens import tokenizer
+from tokens.tokenizer import EOT, VOCAB_SIZE
 
 # --- Model ----------------------------------------------------------------------------------------
 

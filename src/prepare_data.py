@@ -49,7 +49,6 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import functools
 import glob
 import itertools
 import json
@@ -71,14 +70,15 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-import checkpoint_files
-import corpus
-import data_shards
-from corpus import SourceFile, Span
-from tokenizer import EOT, VOCAB_SIZE, fingerprint, get_tokenizer
+from basics import durable, host
+from checkpointing import run_folders
+from tokens import corpus
+from tokens import shards as token_shards
+from tokens.corpus import SourceFile, Span
+from tokens.encoding import NO_TOKENS, encode_documents, encode_text, encoders
+from tokens.tokenizer import EOT, VOCAB_SIZE, fingerprint
 
 # The reference data set: its state since July 2025. The bytes are those of sample/10BT's 14 files.
 FINEWEB = "HuggingFaceFW/fineweb-edu"
@@ -90,161 +90,6 @@ FINEWEB_OUT = Path("data/fineweb_edu_10B")
 
 VAL_SHARE = 0.05  # what a small corpus gives to validation, instead of a whole shard
 SHARD_JOBS = 2  # shards written at a time: bounds memory; two writers outrun 100 tokenizers
-
-# --- Tokens ---------------------------------------------------------------------------------------
-
-EOT_TEXT = "<|endoftext|>"
-NO_TOKENS = np.empty(0, np.uint16)
-BATCH = 1 << 15  # characters of text that are encoded in one call, about
-LONG_RUN = 1 << 17  # characters without a place to cut, from which a text is encoded in windows
-SEAM = 256  # tokens that are encoded again where two windows meet
-
-# GPT-2's pattern is '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
-# and its look-ahead costs 40% of the time. It matters to runs of three or more white spaces and to
-# two or more at the end of a text: the pattern's last three parts take all of a run at the end, and
-# all but its last character elsewhere, which for runs of one or two is one character at a time.
-SIMPLE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
-ASCII_SPACE = bytes(c in b" \t\n\v\f\r" for c in range(256))
-OTHER_SPACE = (  # the rest of Unicode's White_Space, which is \s to tiktoken
-    "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029"
-    "\u202f\u205f\u3000"
-)
-PLACE_TO_CUT = re.compile(r"(?<=\S)[ \n]")
-
-
-@functools.cache
-def encoders() -> tuple[tiktoken.Encoding, tiktoken.Encoding]:
-    """GPT-2's encoding, and a faster one for texts for which `is_simple` holds."""
-    exact = get_tokenizer()
-    fast = tiktoken.Encoding(
-        "gpt2 for simple texts",
-        pat_str=SIMPLE_PATTERN,
-        mergeable_ranks=exact._mergeable_ranks,  # as tiktoken's README does it
-        special_tokens={EOT_TEXT: EOT},
-    )
-    return exact, fast
-
-
-def is_simple(text: str) -> bool:
-    """No more than two white spaces in a row, and not two at the end. (No more than 10% of the time
-    of the encoding.) UnicodeEncodeError: lone surrogates."""
-    if b"\1\1\1" in text.encode().translate(ASCII_SPACE):
-        return False
-    if len(text) > 1 and text[-2:].isspace():
-        return False
-    if text.isascii() or not any(c in text for c in OTHER_SPACE):
-        return True
-    return not re.search(r"\s{3}", text)
-
-
-def encode_documents(texts: list[str], counts: Counter) -> np.ndarray:
-    """`<|endoftext|>` + encode_ordinary(text) of each document in turn: one array of uint16."""
-    counts["documents"] += len(texts)
-    try:
-        return _encode_documents(texts)
-    except UnicodeEncodeError:  # a lone surrogate: JSON can spell one
-        counts["invalid_utf8"] += sum(map(_has_surrogate, texts))
-        # what tiktoken itself does in encode_ordinary
-        mended = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
-        return _encode_documents(mended)
-
-
-def _encode_documents(texts: list[str]) -> np.ndarray:
-    """Short documents are joined by the special token and encoded in one call, which saves the cost
-    of a call for each. No `<|endoftext|>` can arise between a document and a separator, since that
-    string does not overlap itself; a document that contains it is encoded alone, with no special
-    token allowed.
-    """
-    arrays, batch, size = [], [], 0
-    for text in texts:
-        alone = len(text) >= BATCH or EOT_TEXT in text or not is_simple(text)
-        if batch and (alone or size >= BATCH):
-            arrays.append(_encode_batch(batch))
-            batch, size = [], 0
-        if alone:
-            arrays += [np.array([EOT], np.uint16), encode_text(text)]
-        else:
-            batch.append(text)
-            size += len(text)
-    if batch:
-        arrays.append(_encode_batch(batch))
-    return np.concatenate(arrays) if arrays else NO_TOKENS
-
-
-def _encode_batch(texts: list[str]) -> np.ndarray:
-    joined = EOT_TEXT + EOT_TEXT.join(texts)
-    return encoders()[1].encode_to_numpy(joined, allowed_special={EOT_TEXT}).astype(np.uint16)
-
-
-def encode_text(text: str) -> np.ndarray:
-    """encode_ordinary(text) as uint16, in bounded memory and time whatever the text looks like."""
-    arrays, begin = [], 0
-    # A piece of GPT-2's pattern always begins before a space that follows something else, and the
-    # pattern never looks back: cutting there changes no token.
-    while cut := PLACE_TO_CUT.search(text, begin + BATCH):
-        arrays.append(_encode_piece(text[begin : cut.start()]))
-        begin = cut.start()
-    arrays.append(_encode_piece(text[begin:]))
-    return np.concatenate(arrays)
-
-
-def _encode_piece(text: str) -> np.ndarray:
-    """tiktoken takes 47 bytes of memory per byte of a "word" of megabytes (2.3 GB for 50 MB of "a")
-    and fails on a million spaces before a letter (its regular expression runs out of stack). So
-    runs of letters, digits, spaces or signs longer than LONG_RUN are encoded in windows. Still
-    exact: a sequence of tokens is the encoding of its bytes if and only if each pair of neighbours
-    is the encoding of theirs (shown in the README of GitHub's `bpe` crate), so the encodings of two
-    overlapping windows may be joined at any token they share. Each window begins where a token of
-    the one before begins, and must begin with that token; otherwise it is made longer.
-    """
-    windows = []  # of those finished: (begin, the token it had to begin with, tokens)
-    begin, expected = 0, None
-    for end in _window_ends(text) if len(text) >= LONG_RUN else ():
-        tokens = _encode_ordinary(text[begin:end])
-        seam, overlap = _seam(tokens)
-        if seam and (expected is None or tokens[0] == expected):
-            windows.append((begin, expected, tokens[:seam]))
-            begin, expected = end - overlap, tokens[seam]
-    tokens = _encode_ordinary(text[begin:])
-    while expected is not None and tokens[0] != expected:
-        begin, expected, _ = windows.pop()
-        tokens = _encode_ordinary(text[begin:])
-    return np.concatenate([*(window for _, _, window in windows), tokens])
-
-
-def _encode_ordinary(text: str) -> np.ndarray:
-    encoder = encoders()[is_simple(text)]
-    return encoder.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-
-
-def _window_ends(text: str):
-    """Places well inside of long runs of one kind of character (the classes of GPT-2's pattern)."""
-    import regex  # comes with tiktoken; the standard library's re does not know \p{L}
-
-    kind = regex.compile(r"\p{L}++|\p{N}++|\p{White_Space}++|[^\p{White_Space}\p{L}\p{N}]++")
-    step, run_end = LONG_RUN // 2, 0
-    for position in range(0, len(text) - step + 1, step):
-        if position + step > run_end:
-            run_end = kind.match(text, position).end()
-        if position + step < run_end:
-            yield position + step
-
-
-def _seam(tokens: np.ndarray) -> tuple[int, int]:
-    """A token near the end that begins with a character: (its index, characters from there on).
-
-    (0, 0) if there is none: all of the last tokens begin inside of a character.
-    """
-    last = get_tokenizer().decode_tokens_bytes(tokens[-SEAM:].tolist())
-    for i, token in enumerate(last):
-        if token[0] & 0xC0 != 0x80:  # not a continuation byte of UTF-8
-            return len(tokens) - len(last) + i, len(b"".join(last[i:]).decode())
-    return 0, 0
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
-
 
 # --- Workers --------------------------------------------------------------------------------------
 
@@ -319,7 +164,7 @@ def cut_shard(path: Path, split: str, pieces: list[tuple[int, int, int]], folder
             assert f.readinto(piece) == piece.nbytes
         filled += len(piece)
         documents += int(np.count_nonzero(piece == EOT))  # which no document's text can contain
-    entry = data_shards.write_shard(path, tokens)
+    entry = token_shards.write_shard(path, tokens)
     return {"name": entry["name"], "split": split, **entry, "documents": documents}
 
 
@@ -405,7 +250,7 @@ class Preparation:
         for path in self.folder.iterdir():
             if path.name.startswith(".tmp-") or (path.suffix == ".bin" and path not in kept):
                 path.unlink()
-        for path in self.out.glob(f".{self.options['prefix']}_*.tmp"):  # of data_shards
+        for path in self.out.glob(f".tmp-{self.options['prefix']}_*"):  # of tokens/shards
             path.unlink()
         self.tokens = sum(r["tokens"] for r in self.records.values())
         self.weight = sum(r["weight"] for r in self.records.values())
@@ -751,7 +596,7 @@ def verify(out: Path) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        data_shards.verify(str(out), progress)
+        token_shards.verify(str(out), progress)
     print(f"{out}: all shards are as the manifest says")
     return 0
 
@@ -785,7 +630,7 @@ def prepare(args: argparse.Namespace) -> int:
     if begun:
         refuse_changes(out, begun, plan)
         plan = begun  # with command and date of the first start
-        if (out / data_shards.MANIFEST).exists():
+        if (out / token_shards.MANIFEST).exists():
             shutil.rmtree(out / WORK, ignore_errors=True)
             print(f"{out} holds this data already (--verify rechecks it)")
             return 0
@@ -802,18 +647,18 @@ def prepare(args: argparse.Namespace) -> int:
             corpus.open_parquet(file.path, file.size, args.text_key)
     if args.dry_run:
         return 0
-    checkpoint_files.check_writable(out / WORK)
-    lock = checkpoint_files.RunLock()
+    durable.check_writable(out / WORK)
+    lock = run_folders.RunLock()
     try:
         lock.acquire(out / WORK)
     except ValueError as e:
         raise ValueError(str(e).replace("--run_name", "--out")) from None
     try:
-        if read_plan(out) != begun or (out / data_shards.MANIFEST).exists():
+        if read_plan(out) != begun or (out / token_shards.MANIFEST).exists():
             raise ValueError(f"{out}: another process was at work here just now; try again")
         if not begun:
             text = json.dumps(plan, indent=1)
-            data_shards.write_durably(out / WORK / PLAN, text.encode())
+            durable.write(out / WORK / PLAN, text.encode())
         return fill(out, plan, files, args.workers)
     except Unusable:
         shutil.rmtree(out / WORK)
@@ -826,7 +671,7 @@ def prepare(args: argparse.Namespace) -> int:
 
 def read_plan(out: Path) -> dict:
     """The plan of the preparation that a folder holds, finished or not; {} if it holds none."""
-    for path in (out / data_shards.MANIFEST, out / WORK / PLAN):
+    for path in (out / token_shards.MANIFEST, out / WORK / PLAN):
         if path.is_file():
             try:
                 plan = json.loads(path.read_bytes())
@@ -869,7 +714,7 @@ def refuse_changes(out: Path, old: dict, new: dict) -> None:
 def forecast(args: argparse.Namespace, size: int, tokens: float, exact: bool) -> None:
     """Say what will be read and written and how long it takes; ValueError if it cannot fit."""
     about = "" if exact else "about "
-    free = checkpoint_files.free_bytes(args.out)
+    free = host.free_bytes(args.out)
     there = sum(p.stat().st_size for p in (args.out, args.out / WORK) for p in p.glob("*.bin"))
     need = max(0, 2 * tokens + 4 * min(tokens, args.shard_tokens) - there)
     print(f"source  {' '.join(args.source)} {args.name or ''}".rstrip())
@@ -932,7 +777,7 @@ def fill(out: Path, plan: dict, files: list[SourceFile], workers: int) -> int:
         **plan,
         "shards": shards,
     }
-    data_shards.write_manifest(out, manifest)
+    token_shards.write_manifest(out, manifest)
     shutil.rmtree(out / WORK)
     report(out, manifest, preparation.tokens - before, time.monotonic() - started)
     return 0

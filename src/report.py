@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-import charts
+from monitoring import charts
 
 # tensorboard_log, which loads torch, is imported where it is needed: --help and a mistyped name
 # answer at once.
@@ -399,7 +399,7 @@ def markdown_table(columns: dict[str, list[str]], clean=markdown_cell) -> str:
 def best_samples(run: Run) -> tuple[int, list[str]] | None:
     """(step, texts) that the run wrote when its validation loss was lowest: those of the last step
     up to there that has any; without validation the newest."""
-    from tensorboard_log import from_code
+    from monitoring.tensorboard_log import from_code
 
     texts = run.events.texts.get(SAMPLES_TAG)
     if not texts:
@@ -560,7 +560,7 @@ def html_page(page: Page) -> str:
 
 
 def markdown_page(page: Page) -> str:
-    from tensorboard_log import as_code
+    from monitoring.tensorboard_log import as_code
 
     parts = [f"# {markdown_cell(page.title)}", page.made, markdown_table(page.table)]
     parts += [markdown_cell(note) for note in page.notes]
@@ -628,7 +628,7 @@ def write_report(runs: list[Run], silent: list[str], out: Path, window: int | No
 def make_report(folders: dict[str, Path], out: Path, window: int | None) -> str:
     """Reads the runs, writes the folder, returns what to print. ValueError for what the user has to
     change."""
-    import tensorboard_log
+    from monitoring import tensorboard_log
 
     start = time.monotonic()
     runs = [

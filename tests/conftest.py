@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_shards
-import tokenizer
+from basics import durable
+from checkpointing import files, run_folders
+from tokens import shards, tokenizer
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
 ROOT = Path(__file__).parents[1]
@@ -86,13 +87,20 @@ def write_data(folder: Path, train=20_000, val=2_000, seed=0) -> Path:
         # a walk over 300 common tokens: the next one is near the last one
         walk = np.cumsum(rng.integers(-3, 4, count)) % 300 + 256
         walk[::100] = tokenizer.EOT
-        data_shards.write_shard(folder / f"walk_{split}_000000.bin", walk.astype(np.uint16))
+        shards.write_shard(folder / f"walk_{split}_000000.bin", walk.astype(np.uint16))
     return folder
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "walk")
+
+
+def die_at_call(n: int) -> None:
+    """From here on this process dies before its n-th call to the file system in a save."""
+    dying = DyingOs(n)
+    for module in (durable, files, run_folders):
+        module.os = dying
 
 
 class DyingOs:
@@ -120,3 +128,14 @@ class DyingOs:
             return real(*args, **kwargs)
 
         return call
+
+
+def read_scalars(folder) -> dict[str, list[tuple[int, float, float]]]:
+    """Every scalar of a run as TensorBoard's own reader sees it: tag -> [(step, value, time)]."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1}).Reload()
+    return {
+        tag: [(p.step, p.value, p.wall_time) for p in reader.Scalars(tag)]
+        for tag in reader.Tags()["scalars"]
+    }

@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-import supervisor
+
+from runtime import supervisor
 
 supervisor.begin()
 
 import torch
 
-import checkpoint_files
 import train_improved as ti
-from conftest import DyingOs
+from checkpointing import files
+from conftest import die_at_call
 
 kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv = [str(Path(ti.__file__)), *sys.argv[4:]]
@@ -43,13 +44,13 @@ def faulty_forward(model, idx_BT, targets_BT):
     return forward(model, idx_BT, targets_BT)
 
 
-def faulty_forward_backward(run, train_model, batch):
+def faulty_forward_backward(run, train_model, batch, poll):
     """Steps are counted by calls, so that the same data met again is not poisoned again."""
     global calls
     calls += kind not in ("save", "data", "stall")
     if kind == "exit" and calls == first and run.dist.rank == 1:
         os._exit(7)
-    loss = forward_backward(run, train_model, batch)
+    loss = forward_backward(run, train_model, batch, poll)
     if not first <= calls <= last:
         return loss
     if kind == "loss":
@@ -64,7 +65,7 @@ def faulty_forward_backward(run, train_model, batch):
     return loss
 
 
-def faulty_validation_loss(run):
+def faulty_validation_loss(run, poll):
     if kind in ("crash", "hang") and run.state.step >= first:
         if kind == "crash":
             os.kill(os.getpid(), 9)
@@ -74,20 +75,20 @@ def faulty_validation_loss(run):
         read = run.val_data.windows_in_order
         run.val_data.windows_in_order = lambda index: (time.sleep(last), read(index))[1]
         print("evaluating", flush=True)
-    return validation_loss(run)
+    return validation_loss(run, poll)
 
 
 def faulty_save(*args, **kwargs):
     global calls
     calls += 1
     if calls == first:
-        checkpoint_files.os = DyingOs(last)
+        die_at_call(last)
     return save(*args, **kwargs)
 
 
-save = checkpoint_files.save
+save = files.save
 if kind == "save":
-    checkpoint_files.save = faulty_save
+    files.save = faulty_save
 
 
 def faulty_next_batch(loader, poll=None):
@@ -105,8 +106,8 @@ def faulty_next_batch(loader, poll=None):
     return batch
 
 
-next_batch = ti.data_shards.StepLoader.next_batch
-ti.data_shards.StepLoader.next_batch = faulty_next_batch
+next_batch = ti.StepLoader.next_batch
+ti.StepLoader.next_batch = faulty_next_batch
 ti.forward_backward, ti.validation_loss = faulty_forward_backward, faulty_validation_loss
 ti.GPT.forward = faulty_forward
 supervisor.end(ti.main())

@@ -39,7 +39,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 os.environ["OMP_NUM_THREADS"] = "1"  # no threads here, or a fork would miss them
 
-import checkpoint_files
+from checkpointing import files as checkpoint_files
+from checkpointing import run_folders
 from conftest import ROOT, SCRIPT, environment, write_data
 
 LIMIT = 150  # seconds in which every process must have ended; generous, since machines are busy
@@ -146,7 +147,7 @@ class Attempt:
 
     def step(self) -> int:
         """The last step that it has printed (it prints the first three, then every tenth)."""
-        steps = re.findall(r"^step +(\d+)/", self.out(), re.M)
+        steps = re.findall(r"^(?:\S+ \S+  )?step +(\d+)/", self.out(), re.M)
         return int(steps[-1]) if steps else -1
 
     def pids(self) -> list[int]:
@@ -385,7 +386,7 @@ class Chain:
         resumed = re.findall(r"^resuming from .*step_(\d+)\.pt", out, re.M)
         if resumed and before >= 0:
             need(int(resumed[0]) == before, f"{name}: resumed at {resumed[0]}, had {before}")
-        path, skipped = checkpoint_files.find_latest(self.checkpoints)
+        path, skipped = run_folders.find_latest(self.checkpoints)
         need(not skipped, f"{name}: {skipped}")
         self.newest = int(path.stem.removeprefix("step_")) if path else -1
         need(self.newest >= before, f"{name}: newest {self.newest}, was {before}")
@@ -532,7 +533,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"seed {options.seed}", flush=True)
     draw = random.Random(options.seed)
     if options.processes == 1:  # what forks need not import again
-        import tensorboard_log  # noqa: F401
+        pass
         import train_improved  # noqa: F401
     work = Path(tempfile.mkdtemp(prefix="random_kills_", dir=options.work)).resolve()
     options.data = write_data(work / "data", train=100_000)

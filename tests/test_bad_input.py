@@ -229,9 +229,9 @@ def test_latest_skips_a_broken_checkpoint_and_says_so(trained, tmp_path):
 
 
 def test_a_second_run_of_the_same_name_is_refused(trained):
-    import checkpoint_files
+    from checkpointing import run_folders
 
-    lock = checkpoint_files.RunLock().acquire(trained / "checkpoints" / "a")
+    lock = run_folders.RunLock().acquire(trained / "checkpoints" / "a")
     try:
         flags = ("--resume", "latest", "--run_name", "a", "--max_steps", "9")
         _, err = run(*flags, cwd=trained, small=False, expect=2)

@@ -28,8 +28,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint_files as cf
-from conftest import DyingOs
+import checkpoint_files
+from basics import durable, host
+from checkpointing import background, files, run_folders
+from conftest import DyingOs, die_at_call
 
 SRC = Path(__file__).parents[1] / "src"
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -56,8 +58,8 @@ def assert_is_step(state: dict, step: int) -> None:
 
 
 def save_step(folder, step: int, **info) -> Path:
-    path = cf.step_path(folder, step)
-    cf.save(path, state_of(step), {"step": step, **info})
+    path = files.step_path(folder, step)
+    files.save(path, state_of(step), {"step": step, **info})
     return path
 
 
@@ -81,10 +83,10 @@ def run_in_child(work) -> None:
 
 def refused(path, *words: str) -> str:
     """`path` is refused by verify and by load with the same sentence, which names the path."""
-    with pytest.raises(cf.CheckpointError) as by_verify:
-        cf.verify(path)
-    with pytest.raises(cf.CheckpointError) as by_load:
-        cf.load(path)
+    with pytest.raises(files.CheckpointError) as by_verify:
+        files.verify(path)
+    with pytest.raises(files.CheckpointError) as by_load:
+        files.load(path)
     text = str(by_verify.value)
     assert text == str(by_load.value) and str(path) in text and "\n" not in text
     for word in words:
@@ -98,8 +100,8 @@ def refused(path, *words: str) -> str:
 def test_round_trip_also_without_this_module(tmp_path):
     path = save_step(tmp_path / "deep" / "run", 7, val_loss=3.25)
     assert path.name == "step_00000007.pt" and os.listdir(path.parent) == [path.name]
-    cf.verify(path)
-    assert_is_step(cf.load(path), 7)
+    files.verify(path)
+    assert_is_step(files.load(path), 7)
     for mapped in (False, True):
         assert_is_step(torch.load(path, weights_only=True, mmap=mapped), 7)
     with zipfile.ZipFile(path) as archive:  # every tool that knows ZIP finds it in order
@@ -109,33 +111,33 @@ def test_round_trip_also_without_this_module(tmp_path):
 def test_info_is_read_without_the_tensors(tmp_path):
     before = time.time()
     path = save_step(tmp_path, 7, val_loss=3.25, note="ü", nothing=None)
-    info = cf.read_info(path)
+    info = files.read_info(path)
     assert before <= info.pop("saved_at") <= time.time()
     assert info == {"step": 7, "val_loss": 3.25, "note": "ü", "nothing": None}
     with pytest.raises(ValueError, match="too long"):
-        cf.save(path, {}, {"note": "x" * 70_000})
-    assert cf.read_info(path)["step"] == 7 and os.listdir(tmp_path) == [path.name]
+        files.save(path, {}, {"note": "x" * 70_000})
+    assert files.read_info(path)["step"] == 7 and os.listdir(tmp_path) == [path.name]
 
 
 def test_tied_tensors_are_stored_once_and_views_without_their_base(tmp_path):
     base = torch.rand(1_000_000)
     view = base[10:30].view(4, 5)
     state = {"a": view, "b": view, "c": base[:3], "empty": torch.empty(0, 3), "t": view.T}
-    cf.save(tmp_path / "views.pt", state)
+    files.save(tmp_path / "views.pt", state)
     assert (tmp_path / "views.pt").stat().st_size < 10_000
-    loaded = cf.load(tmp_path / "views.pt")
+    loaded = files.load(tmp_path / "views.pt")
     assert all(torch.equal(loaded[k], state[k]) for k in state)
     assert loaded["a"].data_ptr() == loaded["b"].data_ptr() != loaded["c"].data_ptr()
 
-    tied = cf.load(save_step(tmp_path, 1))["model"]
+    tied = files.load(save_step(tmp_path, 1))["model"]
     assert tied["wte.weight"].data_ptr() == tied["lm_head.weight"].data_ptr()
-    assert cf.step_path(tmp_path, 1).stat().st_size < 1.5 * 160_000
+    assert files.step_path(tmp_path, 1).stat().st_size < 1.5 * 160_000
 
 
 def test_loaded_tensors_can_be_changed_and_outlive_the_file(tmp_path):
     path = save_step(tmp_path, 1)
     content = path.read_bytes()
-    state = cf.load(path)
+    state = files.load(path)
     state["model"]["wte.weight"].add_(1)
     assert path.read_bytes() == content
     path.unlink()
@@ -153,7 +155,7 @@ def test_loaded_tensors_can_be_changed_and_outlive_the_file(tmp_path):
 )
 def test_what_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path, value, words):
     with pytest.raises(TypeError) as error:
-        cf.save(tmp_path / "x.pt", {"config": {"x": value}})
+        files.save(tmp_path / "x.pt", {"config": {"x": value}})
     assert words in str(error.value) and os.listdir(tmp_path) == []
 
 
@@ -168,24 +170,24 @@ def test_dying_at_every_file_system_call_leaves_a_valid_latest(tmp_path, target)
     for n in range(1, 200):
         folder = tmp_path / str(n)
         folder.mkdir()
-        cf.save(cf.step_path(folder, 10), state_of(1))
+        files.save(files.step_path(folder, 10), state_of(1))
 
         def save_and_die(folder=folder, n=n):
-            cf.os = DyingOs(n)
-            cf.save(cf.step_path(folder, new), state_of(2))
-            assert cf.retain(folder, keep_last=1) == []
+            die_at_call(n)
+            files.save(files.step_path(folder, new), state_of(2))
+            assert run_folders.retain(folder, keep_last=1) == []
 
         _, status = os.waitpid(fork(save_and_die), 0)
-        path, skipped = cf.find_latest(folder)
+        path, skipped = run_folders.find_latest(folder)
         assert skipped == []  # no file with a checkpoint's name is ever broken
-        outcomes.append(cf.load(path)["step"])
-        assert_is_step(cf.load(path), outcomes[-1])
-        removed = cf.sweep(folder)
+        outcomes.append(files.load(path)["step"])
+        assert_is_step(files.load(path), outcomes[-1])
+        removed = run_folders.sweep(folder)
         assert all(p.name.startswith(".tmp-step_") for p in removed)
         left = set(os.listdir(folder))
         assert left <= {"step_00000010.pt", f"step_{new:08d}.pt"}
         save_step(folder, 30)  # and the next save has nothing in its way
-        assert cf.find_latest(folder) == (cf.step_path(folder, 30), [])
+        assert run_folders.find_latest(folder) == (files.step_path(folder, 30), [])
         if not os.WIFSIGNALED(status):
             assert status == 0 and left == {f"step_{new:08d}.pt"}
             break
@@ -195,9 +197,10 @@ def test_dying_at_every_file_system_call_leaves_a_valid_latest(tmp_path, target)
 def test_flushed_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
     """What a power cut would show and a kill cannot: the order of the calls."""
     watched = DyingOs(0)
-    monkeypatch.setattr(cf, "os", watched)
-    path = cf.step_path(tmp_path / "new", 1)
-    cf.save(path, state_of(1))
+    for module in (durable, files, run_folders):
+        monkeypatch.setattr(module, "os", watched)
+    path = files.step_path(tmp_path / "new", 1)
+    files.save(path, state_of(1))
     monkeypatch.undo()
     names = [name for name, _ in watched.calls if name in ("open", "write", "fsync", "replace")]
     writes = names.count("write")
@@ -218,13 +221,15 @@ def test_killed_at_random_moments(tmp_path):
     save_step(tmp_path, 1)
 
     def save_for_ever():
-        saver = cf.BackgroundSaver(announce=lambda text: None)
-        step = cf.find_latest(tmp_path)[0]
-        step = cf.load(step)["step"]
+        saver = background.BackgroundSaver(announce=lambda text: None)
+        step = run_folders.find_latest(tmp_path)[0]
+        step = files.load(step)["step"]
         while True:
             step += 1
-            path = cf.step_path(tmp_path, step)
-            saver.save(path, state_of(step), on_done=lambda: cf.retain(tmp_path, keep_last=2))
+            path = files.step_path(tmp_path, step)
+            saver.save(
+                path, state_of(step), on_done=lambda: run_folders.retain(tmp_path, keep_last=2)
+            )
 
     last = 1
     for _ in range(15):
@@ -232,14 +237,14 @@ def test_killed_at_random_moments(tmp_path):
         time.sleep(draw.uniform(0.005, 0.1))
         os.kill(pid, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        path, skipped = cf.find_latest(tmp_path)
+        path, skipped = run_folders.find_latest(tmp_path)
         assert skipped == []
-        step = cf.list_checkpoints(tmp_path)[-1].step
-        assert_is_step(cf.load(path), step)
+        step = run_folders.list_checkpoints(tmp_path)[-1].step
+        assert_is_step(files.load(path), step)
         assert step >= last
         last = step
-        cf.sweep(tmp_path)
-        assert cf.retain(tmp_path, keep_last=2) == []
+        run_folders.sweep(tmp_path)
+        assert run_folders.retain(tmp_path, keep_last=2) == []
         assert len(os.listdir(tmp_path)) == min(step, 2)
     assert last > 1
 
@@ -261,11 +266,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, limit):
     def work():
         limit_file_size(limit)
         with pytest.raises(OSError) as error:
-            cf.save(path, state_of(2))
+            files.save(path, state_of(2))
         assert error.value.errno == errno.EFBIG and error.value.filename == str(path)
 
     run_in_child(work)
-    assert_is_step(cf.load(path), 1)
+    assert_is_step(files.load(path), 1)
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -284,41 +289,43 @@ def test_full_disk_does_not_stop_training_and_the_next_save_succeeds(tmp_path):
         pytest.skip("a small tmpfs cannot be mounted here (needs root): limits of size are tested")
     try:
         said = []
-        saver = cf.BackgroundSaver(announce=said.append)
+        saver = background.BackgroundSaver(announce=said.append)
         for step in (1, 2, 3):  # the third does not fit
-            saver.save(cf.step_path(disk, step), state_of(step))
+            saver.save(files.step_path(disk, step), state_of(step))
         assert not saver.wait()
-        assert saver.failures() == [(cf.step_path(disk, 3), "No space left on device")]
+        assert saver.failures() == [(files.step_path(disk, 3), "No space left on device")]
         assert "COULD NOT BE WRITTEN: No space left on device" in said[-1]
         assert sorted(os.listdir(disk)) == ["step_00000001.pt", "step_00000002.pt"]
         with pytest.raises(OSError) as error:
             save_step(disk, 3)
         assert error.value.errno == errno.ENOSPC
 
-        cf.step_path(disk, 1).unlink()
-        saver.save(cf.step_path(disk, 4), state_of(4))
+        files.step_path(disk, 1).unlink()
+        saver.save(files.step_path(disk, 4), state_of(4))
         assert saver.wait() and len(saver.failures()) == 1
-        assert_is_step(cf.load(cf.find_latest(disk)[0]), 4)
-        assert 0 < cf.free_bytes(disk) < 400 * 1024
+        assert_is_step(files.load(run_folders.find_latest(disk)[0]), 4)
+        assert 0 < host.free_bytes(disk) < 400 * 1024
 
         def make_room():
-            return cf.make_room(disk, keep_last=2)
+            return run_folders.make_room(disk, keep_last=2)
 
-        saver.save(cf.step_path(disk, 5), state_of(5), on_full=make_room)
+        saver.save(files.step_path(disk, 5), state_of(5), on_full=make_room)
         assert saver.wait()
         assert "no room" in said[-1] and "deleted step_00000002.pt, which it replaces" in said[-1]
         fill(disk)
-        assert "No space left" in cf.check_writable(disk)
-        saver.save(cf.step_path(disk, 6), state_of(6), on_full=make_room)
+        assert "No space left" in durable.check_writable(disk)
+        saver.save(files.step_path(disk, 6), state_of(6), on_full=make_room)
         assert saver.wait() and steps(disk) == [5, 6]
         fill(disk)
-        saver.save(cf.step_path(disk, 7), state_of(7), on_full=lambda: [])
+        saver.save(files.step_path(disk, 7), state_of(7), on_full=lambda: [])
         assert not saver.close() and steps(disk) == [5, 6]
-        lock = cf.RunLock().acquire(disk)  # what its file says does not fit: it holds all the same
+        lock = run_folders.RunLock().acquire(
+            disk
+        )  # what its file says does not fit: it holds all the same
 
         def another():
             with pytest.raises(ValueError, match="is in use by"):
-                cf.RunLock().acquire(disk)
+                run_folders.RunLock().acquire(disk)
 
         run_in_child(another)
         lock.release()
@@ -331,7 +338,7 @@ def test_full_disk_does_not_stop_training_and_the_next_save_succeeds(tmp_path):
 
 def test_every_single_flipped_bit_is_noticed(tmp_path):
     path = tmp_path / "x.pt"
-    cf.save(path, {"w": torch.arange(8), "step": 3}, {"step": 3})
+    files.save(path, {"w": torch.arange(8), "step": 3}, {"step": 3})
     content = path.read_bytes()
     assert len(content) < 4000
     unnoticed = []
@@ -340,13 +347,13 @@ def test_every_single_flipped_bit_is_noticed(tmp_path):
             for bit in range(8):
                 os.pwrite(file.fileno(), bytes([content[at] ^ 1 << bit]), at)
                 try:
-                    cf.verify(path)
+                    files.verify(path)
                     unnoticed.append((at, bit))
-                except cf.CheckpointError as e:
+                except files.CheckpointError as e:
                     assert e.reason
             os.pwrite(file.fileno(), content[at : at + 1], at)
     assert unnoticed == []
-    cf.verify(path)
+    files.verify(path)
     with open(path, "r+b", buffering=0) as file:
         file.seek(len(content) // 2)
         file.write(bytes([content[len(content) // 2] ^ 1]))
@@ -358,18 +365,18 @@ def test_flips_in_a_larger_file(tmp_path):
     content = path.read_bytes()
     for at in random.Random(1).sample(range(len(content)), 100):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
-        with pytest.raises(cf.CheckpointError, match=r"step_00000001\.pt"):
-            cf.load(path)
+        with pytest.raises(files.CheckpointError, match=r"step_00000001\.pt"):
+            files.load(path)
 
 
 def test_every_truncation_is_noticed(tmp_path):
     path = tmp_path / "x.pt"
-    cf.save(path, {"w": torch.arange(8), "step": 3}, {"step": 3})
+    files.save(path, {"w": torch.arange(8), "step": 3}, {"step": 3})
     content = path.read_bytes()
     for length in range(len(content) - 1, -1, -1):
         os.truncate(path, length)
-        with pytest.raises(cf.CheckpointError):
-            cf.verify(path)
+        with pytest.raises(files.CheckpointError):
+            files.verify(path)
     refused(path, "is empty")
     path.write_bytes(content[: len(content) // 2])
     refused(path, "cut short")
@@ -387,8 +394,8 @@ def test_the_tail_lost_in_a_power_cut_is_noticed(tmp_path, start):
     path.write_bytes(content[:start] + bytes(len(content) - start))
     text = refused(path)
     assert "NUL" in text or "cut short" in text
-    assert cf.find_latest(tmp_path) == (
-        cf.step_path(tmp_path, 1),
+    assert run_folders.find_latest(tmp_path) == (
+        files.step_path(tmp_path, 1),
         [(path, text.removeprefix(f"{path}: "))],
     )
     # A block of zeros in the middle, with the end intact
@@ -411,9 +418,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         archive.comment = b"made by hand"
     refused(tmp_path / "other.zip", "no checksum of this program")
     refused(tmp_path / "text.pt" / "x.pt", "cannot be read: Not a directory")
-    with pytest.raises(cf.CheckpointError, match="not a possible file name"):
-        cf.load("a\0b")
-    assert issubclass(cf.CheckpointError, ValueError)
+    with pytest.raises(files.CheckpointError, match="not a possible file name"):
+        files.load("a\0b")
+    assert issubclass(files.CheckpointError, ValueError)
 
 
 def sealed(content: bytes, info: str = '{"step": 1}') -> bytes:
@@ -440,9 +447,9 @@ def test_code_in_a_file_never_runs(tmp_path):
     path.write_bytes(archive.getvalue())
     refused(path, "no checksum")
     path.write_bytes(sealed(archive.getvalue()))  # whoever forges the file forges the digest too
-    cf.verify(path)
-    with pytest.raises(cf.CheckpointError, match="refused, nothing was run"):
-        cf.load(path)
+    files.verify(path)
+    with pytest.raises(files.CheckpointError, match="refused, nothing was run"):
+        files.load(path)
     assert not ran.exists()
     torch.load(path, weights_only=False)  # the attack is real
     assert ran.exists()
@@ -452,8 +459,8 @@ def test_forged_files_end_in_a_sentence(tmp_path):
     path, archive = tmp_path / "x.pt", io.BytesIO()
     torch.save([1, 2], archive)
     path.write_bytes(sealed(archive.getvalue()))
-    with pytest.raises(cf.CheckpointError, match="holds a list and not a dict"):
-        cf.load(path)
+    with pytest.raises(files.CheckpointError, match="holds a list and not a dict"):
+        files.load(path)
     path.write_bytes(sealed(archive.getvalue(), info="[1]"))
     refused(path, "its description cannot be read")
     path.write_bytes(sealed(archive.getvalue(), info='{"step": '))
@@ -462,8 +469,8 @@ def test_forged_files_end_in_a_sentence(tmp_path):
     with zipfile.ZipFile(archive, "w") as z:
         z.writestr("archive/data.pkl", b"nonsense")
     path.write_bytes(sealed(archive.getvalue()))
-    with pytest.raises(cf.CheckpointError, match=r"x\.pt") as error:
-        cf.load(path)
+    with pytest.raises(files.CheckpointError, match=r"x\.pt") as error:
+        files.load(path)
     assert "\n" not in str(error.value)
 
 
@@ -478,8 +485,8 @@ def test_forged_and_damaged_files_never_end_in_another_exception(tmp_path):
             content[draw.randrange(len(content) - 22)] = draw.randrange(256)
         path.write_bytes(sealed(bytes(content)))
         try:
-            cf.load(path)
-        except cf.CheckpointError as e:
+            files.load(path)
+        except files.CheckpointError as e:
             refusals += 1
             assert str(path) in str(e) and "\n" not in str(e)
     assert refusals > 100
@@ -499,14 +506,14 @@ def test_only_exact_names_are_listed_in_order_of_steps(tmp_path):
     ):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "step_00000300.pt").mkdir()
-    found = cf.list_checkpoints(tmp_path)
+    found = run_folders.list_checkpoints(tmp_path)
     assert [c.step for c in found] == [20, 100, 123_456_789]
-    assert found[0].path == cf.step_path(tmp_path, 20)
+    assert found[0].path == files.step_path(tmp_path, 20)
     assert found[0].bytes == found[0].path.stat().st_size
     assert abs(found[0].mtime - time.time()) < 60
-    assert cf.list_checkpoints(tmp_path / "absent") == []
-    assert cf.find_latest(tmp_path / "absent") == (None, [])
-    assert cf.find_latest_anywhere(tmp_path / "absent") == (None, [])
+    assert run_folders.list_checkpoints(tmp_path / "absent") == []
+    assert run_folders.find_latest(tmp_path / "absent") == (None, [])
+    assert run_folders.find_latest_anywhere(tmp_path / "absent") == (None, [])
 
 
 def test_latest_anywhere_is_the_one_saved_last_that_is_whole(tmp_path):
@@ -518,14 +525,14 @@ def test_latest_anywhere_is_the_one_saved_last_that_is_whole(tmp_path):
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     save_step(outside, 1)
     (tmp_path / "link").symlink_to(outside)
-    assert cf.find_latest_anywhere(tmp_path) == (c, [])
+    assert run_folders.find_latest_anywhere(tmp_path) == (c, [])
     content = bytearray(c.read_bytes())
     content[1000] ^= 1
     c.write_bytes(content)
-    path, skipped = cf.find_latest_anywhere(tmp_path)
+    path, skipped = run_folders.find_latest_anywhere(tmp_path)
     assert path == b and [p for p, _ in skipped] == [c] and "checksum" in skipped[0][1]
     b.write_bytes(b"")  # no time inside: when it was changed counts
-    path, skipped = cf.find_latest_anywhere(tmp_path)
+    path, skipped = run_folders.find_latest_anywhere(tmp_path)
     assert path == a and {p for p, _ in skipped} == {b, c}
 
 
@@ -533,7 +540,7 @@ def test_latest_anywhere_is_the_one_saved_last_that_is_whole(tmp_path):
 
 
 def steps(folder) -> list[int]:
-    return [c.step for c in cf.list_checkpoints(folder)]
+    return [c.step for c in run_folders.list_checkpoints(folder)]
 
 
 @pytest.mark.parametrize(
@@ -555,7 +562,7 @@ def test_retention_keeps_the_last_the_best_and_every_so_many(
     for step in range(10, 90, 10):
         losses = {10: float("nan"), 30: None, best: 2.5}  # the others were evaluated, and worse
         save_step(tmp_path, step, **({"val_loss": losses.get(step, 3.0)} if best else {}))
-    assert cf.retain(tmp_path, keep_last, keep_every) == []
+    assert run_folders.retain(tmp_path, keep_last, keep_every) == []
     assert steps(tmp_path) == left
 
 
@@ -567,20 +574,20 @@ def test_room_is_made_only_by_what_the_next_checkpoint_replaces(tmp_path, keep_l
     """The best one stays (5), and one that is whole."""
     for step in (5, 10, 20, 30):
         save_step(tmp_path, step, val_loss=3.0 + step)
-    names = [cf.step_path("", step).name for step in deleted]
-    assert cf.make_room(tmp_path, keep_last) == names
+    names = [files.step_path("", step).name for step in deleted]
+    assert run_folders.make_room(tmp_path, keep_last) == names
     assert steps(tmp_path) == (left or [5, 10, 20, 30])
 
 
 def test_retention_touches_nothing_that_is_not_ours(tmp_path):
-    torch.save({"step": 1}, cf.step_path(tmp_path, 1))  # our name, another writer
-    cf.step_path(tmp_path, 2).write_bytes(b"PK")  # nobody knows
+    torch.save({"step": 1}, files.step_path(tmp_path, 1))  # our name, another writer
+    files.step_path(tmp_path, 2).write_bytes(b"PK")  # nobody knows
     save_step(tmp_path / "elsewhere", 3)
-    cf.step_path(tmp_path, 3).symlink_to(cf.step_path(tmp_path / "elsewhere", 3))
+    files.step_path(tmp_path, 3).symlink_to(files.step_path(tmp_path / "elsewhere", 3))
     (tmp_path / "notes.txt").write_text("keep")
     for step in (4, 5, 6):
         save_step(tmp_path, step)
-    assert cf.retain(tmp_path, keep_last=1) == []
+    assert run_folders.retain(tmp_path, keep_last=1) == []
     assert steps(tmp_path) == [1, 2, 3, 6] and (tmp_path / "notes.txt").exists()
     assert steps(tmp_path / "elsewhere") == [3]
 
@@ -589,22 +596,27 @@ def test_retention_never_deletes_the_only_valid_one(tmp_path):
     """Files of an earlier process, the newer ones damaged inside: hashing finds the one to keep."""
     os.waitpid(fork(lambda: [save_step(tmp_path, s) for s in (1, 2, 3, 4)]), 0)
     for step in (3, 4):
-        path = cf.step_path(tmp_path, step)
+        path = files.step_path(tmp_path, step)
         content = bytearray(path.read_bytes())
         content[50_000] ^= 1
         path.write_bytes(content)
-    assert cf.retain(tmp_path, keep_last=1) == []
-    assert steps(tmp_path) == [2, 4] and cf.find_latest(tmp_path)[0] == cf.step_path(tmp_path, 2)
+    assert run_folders.retain(tmp_path, keep_last=1) == []
+    assert steps(tmp_path) == [2, 4] and run_folders.find_latest(tmp_path)[0] == files.step_path(
+        tmp_path, 2
+    )
     for step in (1, 2, 3):
-        cf.step_path(tmp_path, step).unlink(missing_ok=True)
-    cf.step_path(tmp_path, 1).write_bytes(content)
-    assert cf.retain(tmp_path, keep_last=1) == [] and steps(tmp_path) == [1, 4]  # none is valid
+        files.step_path(tmp_path, step).unlink(missing_ok=True)
+    files.step_path(tmp_path, 1).write_bytes(content)
+    assert run_folders.retain(tmp_path, keep_last=1) == [] and steps(tmp_path) == [
+        1,
+        4,
+    ]  # none is valid
 
 
 def test_retention_after_a_roll_back_keeps_what_was_just_written(tmp_path):
     for step in (10, 20, 30, 15):
         save_step(tmp_path, step)
-    assert cf.retain(tmp_path, keep_last=1) == []
+    assert run_folders.retain(tmp_path, keep_last=1) == []
     assert steps(tmp_path) == [15, 30]
 
 
@@ -616,8 +628,8 @@ def test_a_failed_deletion_is_a_warning(tmp_path):
     elif subprocess.run(chattr, capture_output=True).returncode != 0:
         pytest.skip("root here, and this file system has no immutable files")
     try:
-        (warning,) = cf.retain(tmp_path, keep_last=1)
-        assert f"{cf.step_path(tmp_path, 1)} could not be deleted" in warning
+        (warning,) = run_folders.retain(tmp_path, keep_last=1)
+        assert f"{files.step_path(tmp_path, 1)} could not be deleted" in warning
     finally:
         tmp_path.chmod(0o700)
         if os.geteuid() == 0:
@@ -632,15 +644,15 @@ def test_sweep_removes_temporaries_of_ours_only(tmp_path):
     (tmp_path / ".tmp-step_00000006.pt-1").mkdir()
     (tmp_path / ".tmp-step_00000007.pt-1").symlink_to(tmp_path / "step_00000005.pt")
     kept = {*others, ".tmp-step_00000006.pt-1", ".tmp-step_00000007.pt-1"}
-    assert {p.name for p in cf.sweep(tmp_path)} == set(stale)
+    assert {p.name for p in run_folders.sweep(tmp_path)} == set(stale)
     assert set(os.listdir(tmp_path)) == kept
-    assert cf.sweep(tmp_path) == cf.sweep(tmp_path / "absent") == []
+    assert run_folders.sweep(tmp_path) == run_folders.sweep(tmp_path / "absent") == []
 
 
 # --- Background saving ----------------------------------------------------------------------------
 
 
-class HeldSaver(cf.BackgroundSaver):
+class HeldSaver(background.BackgroundSaver):
     """Writes only when `go` is set: what is on a slow disk a matter of time is decided here."""
 
     def __init__(self, *args, **kwargs):
@@ -662,7 +674,7 @@ def test_background_save_writes_the_state_as_it_was_at_the_call(tmp_path):
     state["model"]["scalar"], state["model"]["none"] = torch.tensor(2.5), torch.empty(0, 2)
     state["model"]["half"] = torch.ones(3, dtype=torch.bfloat16)
     before = {k: v.clone() for k, v in state["model"].items()}
-    path = cf.step_path(tmp_path, 3)
+    path = files.step_path(tmp_path, 3)
     waited = saver.save(path, state, info, on_done=lambda: done.append(path.exists()))
     for tensor in state["model"].values():
         if tensor is not state["model"]["expanded"]:
@@ -672,9 +684,9 @@ def test_background_save_writes_the_state_as_it_was_at_the_call(tmp_path):
     assert saver.busy() and not path.exists() and 0 < waited < 30
     saver.go.set()
     assert saver.wait() and not saver.busy() and done == [True]
-    loaded = cf.load(path)
+    loaded = files.load(path)
     assert_is_step(loaded, 3)
-    assert cf.read_info(path)["step"] == 3
+    assert files.read_info(path)["step"] == 3
     for name, value in before.items():
         assert (
             torch.equal(loaded["model"][name], value) and loaded["model"][name].dtype == value.dtype
@@ -688,22 +700,22 @@ def test_background_save_writes_the_state_as_it_was_at_the_call(tmp_path):
 
 def test_memory_for_the_copy_is_allocated_once_and_bounded(tmp_path):
     said = []
-    saver = cf.BackgroundSaver(announce=said.append)
+    saver = background.BackgroundSaver(announce=said.append)
     saver.allocate({"model": state_of(1)["model"]})  # before the optimizer has any state
     saver.allocate(state_of(1))
     buffers = {where: b.data_ptr() for where, b in saver._buffers.items()}
     assert len(said) == 2
     for step in (2, 3):
-        saver.save(cf.step_path(tmp_path, step), state_of(step))
-        assert_is_step(cf.load(cf.step_path(tmp_path, step)) if saver.wait() else {}, step)
+        saver.save(files.step_path(tmp_path, step), state_of(step))
+        assert_is_step(files.load(files.step_path(tmp_path, step)) if saver.wait() else {}, step)
     assert len(said) == 2
     assert {where: b.data_ptr() for where, b in saver._buffers.items()} == buffers
     reserved = sum(arena.nbytes for arena, _ in saver._arenas)
     assert 160_000 < reserved < 161_000
-    saver.save(cf.step_path(tmp_path, 4), state_of(4, numel=50_000))  # another model
+    saver.save(files.step_path(tmp_path, 4), state_of(4, numel=50_000))  # another model
     assert saver.wait() and len(said) == 3
     assert sum(arena.nbytes for arena, _ in saver._arenas) < 201_000
-    assert cf.load(cf.step_path(tmp_path, 4))["model"]["wte.weight"].numel() == 50_000
+    assert files.load(files.step_path(tmp_path, 4))["model"]["wte.weight"].numel() == 50_000
     saver.close()
     assert not saver._buffers and not saver._arenas
 
@@ -711,20 +723,20 @@ def test_memory_for_the_copy_is_allocated_once_and_bounded(tmp_path):
 def test_the_copys_memory_is_reserved_before_the_state_is_complete(tmp_path):
     """Before step 0 an optimizer has no moments yet: one reservation, announced once."""
     said, whole = [], state_of(1)
-    saver = cf.BackgroundSaver(announce=said.append)
+    saver = background.BackgroundSaver(announce=said.append)
     saver.allocate({"model": whole["model"]}, at_least=800_000)
     assert len(said) == 1 and "1.85 MB" in said[0]  # with a little for small things
     whole["optimizer"]["state"][1] = {"exp_avg": torch.full((50_000,), 7.0)}
     for _ in range(2):
-        saver.save(cf.step_path(tmp_path, 1), whole)
+        saver.save(files.step_path(tmp_path, 1), whole)
         assert saver.wait() and len(said) == 1 and len(saver._arenas) == 1
-        loaded = cf.load(cf.step_path(tmp_path, 1))
+        loaded = files.load(files.step_path(tmp_path, 1))
         assert_is_step(loaded, 1)
         assert torch.equal(loaded["optimizer"]["state"][1]["exp_avg"], torch.full((50_000,), 7.0))
     whole["optimizer"]["state"][2] = {"exp_avg": torch.full((500_000,), 8.0)}  # more than planned
-    saver.save(cf.step_path(tmp_path, 2), whole)
+    saver.save(files.step_path(tmp_path, 2), whole)
     assert saver.wait() and len(said) == 2 and len(saver._arenas) == 2
-    loaded = cf.load(cf.step_path(tmp_path, 2))["optimizer"]["state"]
+    loaded = files.load(files.step_path(tmp_path, 2))["optimizer"]["state"]
     assert loaded[1]["exp_avg"].eq(7).all() and loaded[2]["exp_avg"].eq(8).all()
     saver.close()
 
@@ -733,18 +745,18 @@ def test_without_threads_saving_is_synchronous(tmp_path):
     """A limit (ulimit -v, cgroup) that leaves no room for a thread's stack."""
 
     def work():
-        saver = cf.BackgroundSaver(announce=lambda text: None, headroom=0)
+        saver = background.BackgroundSaver(announce=lambda text: None, headroom=0)
         saver.allocate(state_of(1))
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (in_use + (4 << 20), resource.RLIM_INFINITY))
         with pytest.raises(RuntimeError, match="thread"):
             while True:  # until the stacks of earlier threads are used up
                 threading.Thread(target=threading.Event().wait, daemon=True).start()
-        saver.save(cf.step_path(tmp_path, 1), state_of(1))
-        assert not saver.busy() and cf.step_path(tmp_path, 1).exists() and saver.close()
+        saver.save(files.step_path(tmp_path, 1), state_of(1))
+        assert not saver.busy() and files.step_path(tmp_path, 1).exists() and saver.close()
 
     run_in_child(work)
-    assert_is_step(cf.load(cf.step_path(tmp_path, 1)), 1)
+    assert_is_step(files.load(files.step_path(tmp_path, 1)), 1)
 
 
 def test_a_save_still_running_is_waited_for_and_said(tmp_path):
@@ -757,32 +769,32 @@ def test_a_save_still_running_is_waited_for_and_said(tmp_path):
             saver.go.set()
 
     saver.announce = announce
-    saver.save(cf.step_path(tmp_path, 1), state_of(1))
-    saver.save(cf.step_path(tmp_path, 2), state_of(2))
+    saver.save(files.step_path(tmp_path, 1), state_of(1))
+    saver.save(files.step_path(tmp_path, 2), state_of(2))
     assert saver.close() and "step_00000001.pt is still being written after" in said[1]
     assert "step_00000002.pt waits for it" in said[1]
     for step in (1, 2):
-        assert_is_step(cf.load(cf.step_path(tmp_path, step)), step)
+        assert_is_step(files.load(files.step_path(tmp_path, step)), step)
 
 
 def test_a_failed_save_is_loud_and_the_next_tries_again(tmp_path):
     said = []
-    saver = cf.BackgroundSaver(announce=said.append)
+    saver = background.BackgroundSaver(announce=said.append)
     folder = tmp_path / "run"
     folder.write_text("a file where a folder should be")
-    saver.save(cf.step_path(folder, 1), state_of(1), on_done=lambda: said.append("done"))
+    saver.save(files.step_path(folder, 1), state_of(1), on_done=lambda: said.append("done"))
     assert not saver.wait()
-    assert [p for p, _ in saver.failures()] == [cf.step_path(folder, 1)]
+    assert [p for p, _ in saver.failures()] == [files.step_path(folder, 1)]
     assert "WARNING" in said[-1] and "step_00000001.pt COULD NOT BE WRITTEN" in said[-1]
     folder.unlink()
-    saver.save(cf.step_path(folder, 2), state_of(2))
+    saver.save(files.step_path(folder, 2), state_of(2))
     assert saver.wait() and len(saver.failures()) == 1
-    assert_is_step(cf.load(cf.find_latest(folder)[0]), 2)
+    assert_is_step(files.load(run_folders.find_latest(folder)[0]), 2)
 
 
 def test_warnings_and_errors_of_what_follows_a_save_are_said(tmp_path):
     said = []
-    saver = cf.BackgroundSaver(announce=said.append)
+    saver = background.BackgroundSaver(announce=said.append)
     saver.save(tmp_path / "a.pt", state_of(1), on_done=lambda: ["one", "two"])
     assert saver.wait() and said[1:] == ["WARNING: one", "WARNING: two"]
     saver.save(tmp_path / "a.pt", state_of(1), on_done=lambda: 1 / 0)
@@ -791,11 +803,11 @@ def test_warnings_and_errors_of_what_follows_a_save_are_said(tmp_path):
 
 def test_without_memory_for_the_copy_saving_is_synchronous(tmp_path):
     said = []
-    saver = cf.BackgroundSaver(announce=said.append, headroom=1 << 60)
+    saver = background.BackgroundSaver(announce=said.append, headroom=1 << 60)
     for step in (1, 2):
-        saver.save(cf.step_path(tmp_path, step), state_of(step))
+        saver.save(files.step_path(tmp_path, step), state_of(step))
         assert not saver.busy()
-        assert_is_step(cf.load(cf.step_path(tmp_path, step)), step)
+        assert_is_step(files.load(files.step_path(tmp_path, step)), step)
     assert len(said) == 1 and "written in the foreground" in said[0] and not saver._arenas
     saver.save(tmp_path, state_of(3))  # a folder is in the way: no exception here either
     assert not saver.close() and "COULD NOT BE WRITTEN" in said[-1]
@@ -810,7 +822,7 @@ def test_memory_that_the_system_refuses_is_no_error(tmp_path):
         limit = in_use + (100 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         said = []
-        saver = cf.BackgroundSaver(announce=said.append, headroom=0)
+        saver = background.BackgroundSaver(announce=said.append, headroom=0)
         saver.allocate(state)
         assert saver.synchronous and "cannot be had" in said[0]
 
@@ -818,7 +830,7 @@ def test_memory_that_the_system_refuses_is_no_error(tmp_path):
 
 
 def test_available_memory_is_plausible():
-    available = cf.available_bytes()
+    available = host.available_bytes()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available is not None and 0 < available <= total
 
@@ -828,12 +840,12 @@ def test_a_containers_limit_counts(tmp_path, version):
     """The files of /proc and of the control groups as Linux writes them: job in slice in root."""
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
-    assert cf.available_bytes(proc, groups) is None
+    assert host.available_bytes(proc, groups) is None
     (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\nCached: 1 kB\n")
-    assert cf.available_bytes(proc, groups) == 8_192_000
+    assert host.available_bytes(proc, groups) == 8_192_000
     line = "5:devices:/x\n4:cpu,memory:/slice/job\n" if version == 1 else "0::/slice/job\n"
     (proc / "self" / "cgroup").write_text(line)
-    assert cf.available_bytes(proc, groups) == 8_192_000  # another name space: no such folder
+    assert host.available_bytes(proc, groups) == 8_192_000  # another name space: no such folder
     job = groups / ("memory/slice/job" if version == 1 else "slice/job")
     job.mkdir(parents=True)
     limit, used, inactive = {
@@ -843,24 +855,24 @@ def test_a_containers_limit_counts(tmp_path, version):
     (job / limit).write_text("9223372036854771712\n" if version == 1 else "max\n")
     (job / used).write_text("2000000\n")
     (job / "memory.stat").write_text(f"anon 5\n{inactive} 500000\n")
-    assert cf.available_bytes(proc, groups) == 8_192_000
+    assert host.available_bytes(proc, groups) == 8_192_000
     for name, text in ((limit, "4000000\n"), (used, "3000000\n"), ("memory.stat", "anon 5\n")):
         (job.parent / name).write_text(text)
-    assert cf.available_bytes(proc, groups) == 1_000_000
+    assert host.available_bytes(proc, groups) == 1_000_000
     (job / limit).write_text("2200000\n")
-    assert cf.available_bytes(proc, groups) == 700_000
+    assert host.available_bytes(proc, groups) == 700_000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: pinned copies untested")
 def test_background_save_from_cuda(tmp_path):
     said = []
-    saver = cf.BackgroundSaver(announce=said.append)
+    saver = background.BackgroundSaver(announce=said.append)
     state = state_of(5)
     state["model"] = {k: v.cuda() for k, v in state["model"].items()}
-    saver.save(cf.step_path(tmp_path, 5), state)
+    saver.save(files.step_path(tmp_path, 5), state)
     state["model"]["wte.weight"].zero_()
     assert saver.close() and "pinned" in said[0]
-    assert_is_step(cf.load(cf.step_path(tmp_path, 5)), 5)
+    assert_is_step(files.load(files.step_path(tmp_path, 5)), 5)
 
 
 # --- The lock -------------------------------------------------------------------------------------
@@ -872,7 +884,7 @@ def holder_of(folder) -> int:
 
     def work():
         os.close(reader)
-        cf.RunLock().acquire(folder)
+        run_folders.RunLock().acquire(folder)
         os.write(writer, b"x")
         signal.pause()
 
@@ -892,14 +904,14 @@ def test_a_second_run_is_refused_by_name_until_the_first_dies(tmp_path):
     pid = holder_of(tmp_path)
     try:
         with pytest.raises(ValueError) as error:
-            cf.RunLock().acquire(tmp_path)
+            run_folders.RunLock().acquire(tmp_path)
         assert f"process {pid} on {socket.gethostname()}" in str(error.value)
         assert str(tmp_path) in str(error.value)
-        cf.RunLock().acquire(tmp_path / "another").release()
+        run_folders.RunLock().acquire(tmp_path / "another").release()
     finally:
         kill(pid)
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == pid  # stale, and no hindrance
-    lock = cf.RunLock().acquire(tmp_path)
+    lock = run_folders.RunLock().acquire(tmp_path)
     assert json.loads(os.pread(lock.fd, 4096, 0))["pid"] == os.getpid()
     lock.release()
     kill(holder_of(tmp_path))
@@ -909,7 +921,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_run(tmp_path):
     reader, writer = os.pipe()
 
     def work():
-        cf.RunLock().acquire(tmp_path)
+        run_folders.RunLock().acquire(tmp_path)
         os.write(writer, b"%d\n" % fork(lambda: time.sleep(60)))
         signal.pause()
 
@@ -918,59 +930,61 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_run(tmp_path):
     kill(pid)
     try:
         os.kill(child, 0)  # lives, with everything it inherited
-        cf.RunLock().acquire(tmp_path).release()
+        run_folders.RunLock().acquire(tmp_path).release()
     finally:
         os.kill(child, signal.SIGKILL)
 
 
 def test_the_lock_survives_what_the_holder_does(tmp_path):
     """Children that end, saves, lists and sweeps in the folder: the lock is still held."""
-    lock = cf.RunLock().acquire(tmp_path)
+    lock = run_folders.RunLock().acquire(tmp_path)
     run_in_child(lambda: None)
     subprocess.run([sys.executable, "-c", ""], check=True)
     save_step(tmp_path, 1)
-    cf.retain(tmp_path, 1)
-    cf.sweep(tmp_path)
-    cf.find_latest(tmp_path)
-    cf.check_writable(tmp_path)
+    run_folders.retain(tmp_path, 1)
+    run_folders.sweep(tmp_path)
+    run_folders.find_latest(tmp_path)
+    durable.check_writable(tmp_path)
     with pytest.raises(ValueError, match="this very process"):
-        cf.RunLock().acquire(tmp_path)
+        run_folders.RunLock().acquire(tmp_path)
 
     def another():
         with pytest.raises(ValueError, match=f"process {os.getppid()} on"):
-            cf.RunLock().acquire(tmp_path)
+            run_folders.RunLock().acquire(tmp_path)
 
     run_in_child(another)
     lock.release()
-    run_in_child(lambda: cf.RunLock().acquire(tmp_path))
+    run_in_child(lambda: run_folders.RunLock().acquire(tmp_path))
 
 
 def test_stale_or_senseless_lock_files_do_not_block(tmp_path):
     for content in (b"", b"garbage", b'{"pid": 1}', b"\0" * 100):
         (tmp_path / ".lock").write_bytes(content)
-        cf.RunLock().acquire(tmp_path).release()
+        run_folders.RunLock().acquire(tmp_path).release()
     (tmp_path / ".lock").unlink()
     (tmp_path / "precious").write_text("content")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
     with pytest.raises(ValueError, match="cannot lock"):
-        cf.RunLock().acquire(tmp_path)
+        run_folders.RunLock().acquire(tmp_path)
     assert (tmp_path / "precious").read_text() == "content"
 
 
 def test_a_restarted_launcher_finds_its_run(tmp_path, monkeypatch):
     """torchrun --max-restarts: the same launcher, whatever the flags of the command say."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    cf.RunLock().acquire(tmp_path / "alone").release()
-    assert cf.launcher() is None and cf.run_of_launcher(tmp_path) is None
+    run_folders.RunLock().acquire(tmp_path / "alone").release()
+    assert run_folders.launcher() is None and run_folders.run_of_launcher(tmp_path) is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun without --standalone says
-    assert cf.run_of_launcher(tmp_path) is None
-    cf.RunLock().acquire(tmp_path / "mine").release()
+    assert run_folders.run_of_launcher(tmp_path) is None
+    run_folders.RunLock().acquire(tmp_path / "mine").release()
     for name, content in (("a", b"[1]"), ("b", b"\xff"), ("c", b'{"job": null}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".lock").write_bytes(content)
-    assert cf.run_of_launcher(tmp_path) == "mine"
-    run_in_child(lambda: None if cf.run_of_launcher(tmp_path) is None else 1 / 0)  # another parent
-    assert cf.run_of_launcher(tmp_path / "absent") is None
+    assert run_folders.run_of_launcher(tmp_path) == "mine"
+    run_in_child(
+        lambda: None if run_folders.run_of_launcher(tmp_path) is None else 1 / 0
+    )  # another parent
+    assert run_folders.run_of_launcher(tmp_path / "absent") is None
 
 
 # --- Folders --------------------------------------------------------------------------------------
@@ -978,8 +992,8 @@ def test_a_restarted_launcher_finds_its_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a", "run-1", "2026.11.22_x", "A" * 100])
 def test_run_names(tmp_path, name):
-    assert cf.validate_run_name(name) == name
-    assert cf.run_folder(tmp_path, name) == tmp_path / name
+    assert run_folders.validate_run_name(name) == name
+    assert run_folders.run_folder(tmp_path, name) == tmp_path / name
 
 
 @pytest.mark.parametrize(
@@ -991,7 +1005,7 @@ def test_run_names(tmp_path, name):
 )
 def test_names_that_could_be_paths_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="run name"):
-        cf.run_folder(tmp_path, name)
+        run_folders.run_folder(tmp_path, name)
 
 
 def test_a_run_folder_that_links_elsewhere_is_refused(tmp_path):
@@ -1003,36 +1017,36 @@ def test_a_run_folder_that_links_elsewhere_is_refused(tmp_path):
     (base / "self").symlink_to(".")
     for name in ("run", "up", "self"):
         with pytest.raises(ValueError, match="is a link to"):
-            cf.run_folder(base, name)
+            run_folders.run_folder(base, name)
     (tmp_path / "alias").symlink_to(base)  # the user's own choice of a disk
-    assert cf.run_folder(tmp_path / "alias", "new") == tmp_path / "alias" / "new"
+    assert run_folders.run_folder(tmp_path / "alias", "new") == tmp_path / "alias" / "new"
 
 
 def test_write_test_and_free_space(tmp_path):
-    cf.check_writable(tmp_path / "a" / "b")
+    durable.check_writable(tmp_path / "a" / "b")
     assert os.listdir(tmp_path / "a" / "b") == []
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"cannot write in .*file/run: Not a directory"):
-        cf.check_writable(tmp_path / "file" / "run")
+        durable.check_writable(tmp_path / "file" / "run")
 
     def full():
         limit_file_size(1000)
         with pytest.raises(ValueError, match="cannot write in"):
-            cf.check_writable(tmp_path)
+            durable.check_writable(tmp_path)
 
     run_in_child(full)
     assert set(os.listdir(tmp_path)) == {"a", "file"}
-    free = cf.free_bytes(tmp_path / "not" / "yet" / "there")
-    assert free > 0 and abs(free - cf.free_bytes(tmp_path)) < 1 << 30
+    free = host.free_bytes(tmp_path / "not" / "yet" / "there")
+    assert free > 0 and abs(free - host.free_bytes(tmp_path)) < 1 << 30
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
 def test_the_command_lists_step_loss_size_age_and_state(tmp_path, capsys):
-    assert cf.main([str(tmp_path)]) == 0
+    assert checkpoint_files.main([str(tmp_path)]) == 0
     assert "no checkpoints" in capsys.readouterr().out
-    assert cf.main([str(tmp_path / "absent")]) == 2
+    assert checkpoint_files.main([str(tmp_path / "absent")]) == 2
     assert "is not a folder" in capsys.readouterr().err
     save_step(tmp_path / "one", 10, val_loss=3.5)
     save_step(tmp_path / "two", 20, val_loss=None)
@@ -1040,16 +1054,16 @@ def test_the_command_lists_step_loss_size_age_and_state(tmp_path, capsys):
     content = bytearray(path.read_bytes())
     content[50_000] ^= 1
     path.write_bytes(content)
-    assert cf.main([str(tmp_path)]) == 0
+    assert checkpoint_files.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.count("ok (not verified)") == 3
     row = next(line for line in out.splitlines() if "3.5000" in line)
-    assert row.split()[:2] == ["10", "3.5000"] and row.split()[3:5] == ["kB", "0"]
-    assert cf.main([str(tmp_path / "two"), "--verify"]) == 1
+    assert row.split()[:2] == ["10", "3.5000"] and row.split()[3:6:2] == ["kB", "s"]
+    assert checkpoint_files.main([str(tmp_path / "two"), "--verify"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[-2].endswith(" ok") and out[-1].endswith("does not match its checksum")
-    cf.step_path(tmp_path / "one", 40).write_bytes(b"")
-    assert cf.main([str(tmp_path / "one")]) == 1
+    files.step_path(tmp_path / "one", 40).write_bytes(b"")
+    assert checkpoint_files.main([str(tmp_path / "one")]) == 1
     assert "is empty" in capsys.readouterr().out
 
 

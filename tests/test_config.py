@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_shards
-import flags
 import hellaswag
 import train_improved as ti
 from conftest import ROOT, SCRIPT, SMALL, environment, run, write_data
+from runtime import flags
+from tokens import shards as token_shards
 
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -200,9 +200,9 @@ def sample(monkeypatch, tmp_path) -> Path:
     folder = write_data(tmp_path / "data" / "sample")
     shards = []
     for path in sorted(folder.iterdir()):
-        entry = data_shards.write_shard(path, np.fromfile(path, "<u2")[512:])
+        entry = token_shards.write_shard(path, np.fromfile(path, "<u2")[512:])
         shards.append(entry | {"split": "val" if "_val_" in path.name else "train"})
-    data_shards.write_manifest(folder, {"version": 1, "shards": shards})
+    token_shards.write_manifest(folder, {"version": 1, "shards": shards})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

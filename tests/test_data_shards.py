@@ -23,18 +23,13 @@ import pytest
 import torch
 
 import data_shards
-from data_shards import (
-    StepLoader,
-    epoch_order,
-    open_source,
-    open_split,
-    parse_data_dir,
-    sample_corpus,
-    verify,
-    write_manifest,
-    write_shard,
-)
-from tokenizer import EOT, fingerprint, get_tokenizer
+from tokens import shards as token_shards
+from tokens import stream as token_stream
+from tokens.loader import StepLoader
+from tokens.sample_text import sample_corpus
+from tokens.shards import open_split, parse_data_dir, verify, write_manifest, write_shard
+from tokens.stream import epoch_order, open_source
+from tokens.tokenizer import EOT, fingerprint, get_tokenizer
 
 SRC = Path(data_shards.__file__).parent
 T = 16
@@ -107,10 +102,10 @@ def test_a_failed_write_leaves_the_old_shard_and_no_temporary(tmp_path):
     write_shard(path, random_tokens(100))
     before = path.read_bytes()
     code = (  # a limit on file size stands for a full disk
-        "import resource, signal, sys, numpy as np, data_shards\n"
+        "import resource, signal, sys, numpy as np; from tokens import shards\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "try: data_shards.write_shard(sys.argv[1], np.zeros(100_000, np.uint16))\n"
+        "try: shards.write_shard(sys.argv[1], np.zeros(100_000, np.uint16))\n"
         "except OSError: print('refused')\n"
     )
     run = subprocess.run([sys.executable, "-c", code, path], cwd=SRC, capture_output=True)
@@ -287,7 +282,7 @@ def test_ids_beyond_the_vocabulary(tmp_path, monkeypatch):
     data[1024 + 2 * 4321 : 1024 + 2 * 4321 + 2] = struct.pack("<H", 50257)
     path.write_bytes(data)
     refused(folder, str(path), "token 4,321 is 50257", "50256")
-    monkeypatch.setattr(data_shards, "SMALL", 1000)
+    monkeypatch.setattr(token_shards, "SMALL", 1000)
     source = open_source(str(folder), "train", T, 0)
     for read in (source.windows_in_order, source.windows):
         with pytest.raises(ValueError, match=r"x_train_000001.bin: token 4,321 is 50257"):
@@ -547,7 +542,7 @@ def test_mixed_validation_is_in_order_and_in_proportion(mixture):
 def test_shares_become_the_smallest_whole_block(text, shares):
     parsed = parse_data_dir(text)
     assert sum(share for _, share in parsed) == 1
-    slots = data_shards._block_of([share for _, share in parsed])
+    slots = token_stream._block_of([share for _, share in parsed])
     assert np.bincount(slots).tolist() == shares
 
 
@@ -568,7 +563,7 @@ def test_data_dir_words(tmp_path):
         with pytest.raises(ValueError, match=words):
             parse_data_dir(text)
     with pytest.raises(ValueError, match="below 1 in 10,000"):
-        data_shards._block_of([Fraction(1, 100_001), Fraction(100_000, 100_001)])
+        token_stream._block_of([Fraction(1, 100_001), Fraction(100_000, 100_001)])
 
 
 # --- Loader ---------------------------------------------------------------------------------------
@@ -698,9 +693,9 @@ def test_a_forgotten_loader_ends_its_thread(folder):
 
 def test_a_program_ends_while_its_loader_reads(folder):
     code = (
-        "import sys, data_shards\n"
-        f"source = data_shards.open_source({str(folder)!r}, 'train', {T}, 0)\n"
-        "loader = data_shards.StepLoader(source, 8, 0, 1, 'cpu')\n"
+        "import sys; from tokens.loader import StepLoader; from tokens.stream import open_source\n"
+        f"source = open_source({str(folder)!r}, 'train', {T}, 0)\n"
+        "loader = StepLoader(source, 8, 0, 1, 'cpu')\n"
         "next(loader)\n"
         "sys.exit(7)\n"
     )
@@ -732,12 +727,13 @@ def test_ten_billion_tokens(tmp_path):
         path.write_bytes(header)
         os.truncate(path, 1024 + 2 * size)
     code = """
-import sys, numpy as np, data_shards
+import sys, numpy as np
+from tokens.stream import open_source
 assert 'torch' not in sys.modules
 def proc(file, key):
     return next(int(l.split()[1]) for l in open(f'/proc/self/{file}') if l.startswith(key))
 before = proc('io', 'rchar'), proc('io', 'syscr')
-source = data_shards.open_source(sys.argv[1], 'train', 1024, 1337)
+source = open_source(sys.argv[1], 'train', 1024, 1337)
 print(source.num_windows, *(proc('io', k) - b for k, b in zip(('rchar', 'syscr'), before)))
 memory = proc('status', 'VmRSS')
 for step in (0, 90_000):

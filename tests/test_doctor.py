@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-import data_shards
-import doctor
-import hellaswag
 import train_improved as ti
 from conftest import SMALL, write_data
+from runtime import doctor
+from tokens import shards as token_shards
+from training import scoring
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 32}  # SMALL's
 
@@ -63,7 +63,7 @@ def test_a_whole_look_leaves_nothing_behind(capsys, cwd, monkeypatch):
 
 def test_a_plan_that_fails_is_a_problem_among_others(capsys, cwd):
     wrong = given("--no-compile") | {"data_dir": "data/none"}
-    assert doctor.examine(wrong) == 2
+    assert doctor.examine(wrong, ti) == 2
     out = capsys.readouterr().out
     assert re.search(r"PROBLEM  plan +.*data/none", out)
     for name in ("tokenizer", "products", "disk", "ports"):
@@ -74,13 +74,13 @@ def test_a_plan_that_fails_is_a_problem_among_others(capsys, cwd):
 def test_a_device_that_is_not_there(capsys, cwd):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert doctor.examine(given("--no-compile") | {"device": "cuda"}) == 2
+    assert doctor.examine(given("--no-compile") | {"device": "cuda"}, ti) == 2
     assert "--device cuda: not available" in capsys.readouterr().out
 
 
 def test_several_processes_are_refused(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert doctor.examine({}) == 2
+    assert doctor.examine({}, ti) == 2
     assert "without torchrun" in capsys.readouterr().err
 
 
@@ -159,12 +159,12 @@ def test_data(capsys, report, cwd):
     assert "no manifest" in out
     shards = []
     for path in sorted((cwd / "data" / "walk").iterdir()):
-        tokens = data_shards.open_shard(path).tokens
+        tokens = token_shards.open_shard(path).tokens
         content = path.read_bytes()
-        entry = data_shards.write_shard(path, torch.arange(tokens).numpy() % 999)
+        entry = token_shards.write_shard(path, torch.arange(tokens).numpy() % 999)
         shards.append(entry | {"split": "val" if "_val_" in path.name else "train"})
         assert len(content) == entry["bytes"]
-    data_shards.write_manifest(cwd / "data" / "walk", {"version": 1, "shards": shards})
+    token_shards.write_manifest(cwd / "data" / "walk", {"version": 1, "shards": shards})
     doctor.check_data(report, planned(), ti.SAMPLE_DIR)
     assert "checksums as in the manifest" in capsys.readouterr().out
     shard = bytearray(path.read_bytes())
@@ -186,7 +186,7 @@ def test_hellaswag(capsys, report, cwd):
     doctor.check_hellaswag(report, planned())
     assert "hellaswag.py --download" in capsys.readouterr().out
     run = planned()
-    run.hellaswag_items = [hellaswag.Item] * 7
+    run.hellaswag_items = [scoring.Item] * 7
     doctor.check_hellaswag(report, run)
     assert "7 questions" in capsys.readouterr().out
 

@@ -14,13 +14,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-import checkpoint_files
 import export
-import pretrained
-import sample
 import train_improved as ti
+from checkpointing import files, pretrained
 from conftest import ROOT, environment, run, write_data
-from tokenizer import VOCAB_SIZE, get_tokenizer
+from tokens.tokenizer import VOCAB_SIZE, get_tokenizer
+from training import generation
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,7 +44,7 @@ def trained(tmp_path_factory) -> Path:
             weight.normal_(std=0.1 if name in ("transformer.wte.weight", "lm_head.weight") else 0.5)
         else:
             weight.add_(0.1 * torch.randn_like(weight))
-    checkpoint_files.save(path, saved)
+    files.save(path, saved)
     return cwd
 
 
@@ -112,7 +111,7 @@ def test_logits_are_equal(ours, theirs):
 def test_greedy_generation_is_equal(ours, theirs):
     for seed in range(3):
         prompt = torch.randint(256, 556, (6,), generator=torch.Generator().manual_seed(seed))
-        here = sample.generate(ours, [prompt.tolist()], 20, torch.Generator(), temperature=0)
+        here = generation.generate(ours, [prompt.tolist()], 20, torch.Generator(), temperature=0)
         there = theirs.generate(prompt[None], do_sample=False, max_new_tokens=20)
         assert there[0, 6:].tolist() == here[0]
         assert len(here[0]) == 20 and len(set(here[0])) > 5, "it says something"
@@ -168,7 +167,7 @@ def test_card_states_the_facts_of_the_run(exported, checkpoint):
 
 
 def test_cards_command_gives_the_same_configuration(exported, checkpoint):
-    from flags import parse_flags
+    from runtime.flags import parse_flags
 
     card = (exported / "README.md").read_text()
     command = card.split("```bash\npython src/train_improved.py ")[1].split("\n")[0]
@@ -239,7 +238,7 @@ def test_what_cannot_be_exported(exported, checkpoint, tmp_path, capsys, monkeyp
     assert "neither a checkpoint" in refuse(capsys, ".", "x")
     assert "name a folder" in refuse(capsys, checkpoint, "/")
     assert "cannot write" in refuse(capsys, checkpoint, checkpoint / "x")
-    checkpoint_files.save("foreign.pt", {"weights": torch.zeros(3)})
+    files.save("foreign.pt", {"weights": torch.zeros(3)})
     assert "not a checkpoint of train_improved.py" in refuse(capsys, "foreign.pt", "x")
     assert not Path("x").exists()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint_files
+from checkpointing import run_folders
 from conftest import ROOT, SCRIPT, SMALL, environment, run, start, write_data
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
 
@@ -46,7 +46,7 @@ def start_faulty(kind, first, last, *flags, **options):
 
 
 def saved_steps(folder, name="a") -> list[int]:
-    return [c.step for c in checkpoint_files.list_checkpoints(folder / "checkpoints" / name)]
+    return [c.step for c in run_folders.list_checkpoints(folder / "checkpoints" / name)]
 
 
 def no_traceback_of_ours(err: str) -> bool:

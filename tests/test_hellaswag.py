@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint_files
 import hellaswag
-from tokenizer import get_tokenizer
+from checkpointing import files
+from tokens.tokenizer import get_tokenizer
 from train_improved import GPT
+from training import scoring
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "hellaswag_val_1k.jsonl"
 
@@ -114,7 +115,7 @@ def full_logits(model):
 
 
 def test_gpt2_convention_takes_the_text_as_it_is(tmp_path):
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl"))
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl"))
     encoding = get_tokenizer()
     for item, record in zip(items, RECORDS, strict=True):
         assert encoding.decode(item.context) == record["ctx"]
@@ -125,7 +126,7 @@ def test_gpt2_convention_takes_the_text_as_it_is(tmp_path):
 
 def test_harness_convention_cleans_the_text(tmp_path):
     # Expected texts by hand, from the rules in lm-evaluation-harness 0.4.13, tasks/hellaswag.
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl"), convention="harness")
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl"), convention="harness")
     decode = get_tokenizer().decode
     assert [decode(i.context) for i in items] == [
         "Mending a net: An old man sits on the quay with a torn net. The old man",
@@ -146,7 +147,7 @@ def test_harness_convention_without_the_two_halves_of_the_context(tmp_path):
     halves = ("ctx_a", "ctx_b")
     records = [{k: v for k, v in r.items() if k not in halves} for r in RECORDS]
     path = write_items(tmp_path / "items.jsonl", records)
-    items = hellaswag.load_items(path, convention="harness")
+    items = scoring.load_items(path, convention="harness")
     assert not any(item.exact for item in items)
     assert get_tokenizer().decode(items[2].context) == "Skiing: A skier McTavish"
 
@@ -175,7 +176,7 @@ def test_a_broken_line_is_named(tmp_path, line, reason):
     path = tmp_path / "items.jsonl"
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(ValueError, match=f"items.jsonl, line 2: .*{reason}"):
-        hellaswag.load_items(path)
+        scoring.load_items(path)
 
 
 def test_files_that_are_no_item_files(tmp_path):
@@ -183,7 +184,7 @@ def test_files_that_are_no_item_files(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name, reason in [("empty", "is empty"), ("binary", "cannot read"), ("none", "cannot read")]:
         with pytest.raises(ValueError, match=reason):
-            hellaswag.load_items(tmp_path / name)
+            scoring.load_items(tmp_path / name)
 
 
 # --- Scoring --------------------------------------------------------------------------------------
@@ -193,14 +194,14 @@ def test_files_that_are_no_item_files(tmp_path):
 def test_scores_of_real_items_equal_one_ending_at_a_time(model, convention, every):
     if not SHARED.exists():
         pytest.skip(f"needs {SHARED.name} in ../shared/data")
-    items = hellaswag.load_items(SHARED, convention)[::every]
-    assert_same_scores(hellaswag.score(model, items), items, full_logits(model), model.seq_len)
+    items = scoring.load_items(SHARED, convention)[::every]
+    assert_same_scores(scoring.score(model, items), items, full_logits(model), model.seq_len)
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 1, 150, 100_000])
 def test_an_items_result_does_not_depend_on_its_batch(model, tmp_path, batch_tokens):
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl")) * 2
-    results = hellaswag.score(model, items, batch_tokens)
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl")) * 2
+    results = scoring.score(model, items, batch_tokens)
     assert_same_scores(results, items, full_logits(model), model.seq_len)
     assert not any(r.cut for r in results)
 
@@ -214,8 +215,8 @@ def test_scores_equal_those_of_transformers(model, tmp_path):
     state = model.state_dict()
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # theirs are (in, out)
     theirs.load_state_dict({k: v.T if k.endswith(linear) else v for k, v in state.items()})
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl"))
-    results = hellaswag.score(model, items)
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl"))
+    results = scoring.score(model, items)
     assert_same_scores(results, items, lambda idx: theirs(idx).logits, model.seq_len)
 
 
@@ -223,8 +224,8 @@ def test_scores_equal_those_of_transformers(model, tmp_path):
 def test_items_too_long_for_the_model_lose_the_beginning_of_the_context(tmp_path, seq_len):
     # 24: a context is cut. 12: one ending is longer than the model. 3: all of them nearly are.
     small = make_model(seq_len)
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl"))
-    results = hellaswag.score(small, items)
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl"))
+    results = scoring.score(small, items)
     assert_same_scores(results, items, full_logits(small), seq_len)
     for result, item in zip(results, items, strict=True):
         longest = max(len(e) for e in item.endings)
@@ -233,18 +234,18 @@ def test_items_too_long_for_the_model_lose_the_beginning_of_the_context(tmp_path
 
 
 def test_autocast_is_used_and_left(model, tmp_path):
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl"))
-    exact = hellaswag.score(model, items)
-    half = hellaswag.score(model, items, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl"))
+    exact = scoring.score(model, items)
+    half = scoring.score(model, items, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     for a, b in zip(exact, half, strict=True):
         assert a.losses == pytest.approx(b.losses, rel=0.1)
         assert a.losses != b.losses
     assert not torch.is_autocast_enabled("cpu")
-    assert hellaswag.score(model, items)[0].losses == exact[0].losses
+    assert scoring.score(model, items)[0].losses == exact[0].losses
 
 
 def test_poll_comes_before_each_pass_and_may_stop_it(model, tmp_path):
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl"))
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl"))
     done = []
 
     class Stop(Exception):
@@ -255,29 +256,29 @@ def test_poll_comes_before_each_pass_and_may_stop_it(model, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        hellaswag.score(model, items, batch_tokens=1, poll=poll, progress=done.append)
+        scoring.score(model, items, batch_tokens=1, poll=poll, progress=done.append)
     assert done == [1, 1]
     done.clear()
-    hellaswag.score(model, items, batch_tokens=100_000, progress=done.append)
+    scoring.score(model, items, batch_tokens=100_000, progress=done.append)
     assert done == [3]
 
 
 def test_scoring_leaves_training_alone(model, tmp_path):
-    items = hellaswag.load_items(write_items(tmp_path / "items.jsonl"))
+    items = scoring.load_items(write_items(tmp_path / "items.jsonl"))
     before = torch.get_rng_state()
-    hellaswag.score(model, items)
+    scoring.score(model, items)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def test_accuracy_and_an_empty_share_of_the_items(model):
-    result = hellaswag.Result(0, 2, [8.0, 9.0, 6.0, 5.0], [2.0, 3.0, 1.0, 5.0], [1, 9, 1, 0], False)
+    result = scoring.Result(0, 2, [8.0, 9.0, 6.0, 5.0], [2.0, 3.0, 1.0, 5.0], [1, 9, 1, 0], False)
     assert (result.predicted, result.predicted_acc, result.predicted_acc_norm) == (2, 3, 1)
-    wrong = hellaswag.Result(1, 0, [2.0, 1.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0], [1] * 4, False)
-    assert hellaswag.accuracy([result, wrong]) == 0.5
-    assert hellaswag.accuracy([result, wrong], "predicted_acc") == 0.0
-    assert hellaswag.score(model, []) == []  # more processes than items
+    wrong = scoring.Result(1, 0, [2.0, 1.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0], [1] * 4, False)
+    assert scoring.accuracy([result, wrong]) == 0.5
+    assert scoring.accuracy([result, wrong], "predicted_acc") == 0.0
+    assert scoring.score(model, []) == []  # more processes than items
 
 
 # --- Download -------------------------------------------------------------------------------------
@@ -389,7 +390,7 @@ def workplace(tmp_path, monkeypatch, model):
     config = {"n_layer": 3, "n_head": 4, "n_embd": 32, "seq_len": 256}
     Path("checkpoints/run").mkdir(parents=True)
     state = {"model": model.state_dict(), "config": config, "step": 7}
-    checkpoint_files.save("checkpoints/run/step_00000007.pt", state)
+    files.save("checkpoints/run/step_00000007.pt", state)
     return tmp_path
 
 
@@ -397,9 +398,9 @@ def test_command_scores_the_latest_checkpoint(workplace, model, capsys):
     out = workplace / "out" / "results.jsonl"
     assert hellaswag.main(["--out", str(out), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    items = hellaswag.load_items(hellaswag.DEFAULT_FILE)
-    expected = hellaswag.score(model, items)
-    harness = hellaswag.score(model, hellaswag.load_items(hellaswag.DEFAULT_FILE, "harness"))
+    items = scoring.load_items(hellaswag.DEFAULT_FILE)
+    expected = scoring.score(model, items)
+    harness = scoring.score(model, scoring.load_items(hellaswag.DEFAULT_FILE, "harness"))
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     for line, a, b in zip(lines, expected, harness, strict=True):
         assert line == {
@@ -411,9 +412,9 @@ def test_command_scores_the_latest_checkpoint(workplace, model, capsys):
             "harness_acc_norm": b.predicted_acc_norm,
         }
     rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert f"{hellaswag.accuracy(expected):.4f}" in rows["gpt2: mean loss"]
+    assert f"{scoring.accuracy(expected):.4f}" in rows["gpt2: mean loss"]
     assert {"0.2955", "0.337", "0.25"} <= set(rows["gpt2: mean loss"])
-    assert f"{hellaswag.accuracy(harness, 'predicted_acc'):.4f}" in rows["harness: acc"]
+    assert f"{scoring.accuracy(harness, 'predicted_acc'):.4f}" in rows["harness: acc"]
     assert "0.2892" in rows["harness: acc"]
     assert "0.3114" in rows["harness: acc_norm"]
     assert "step 7" in text and "3 items" in text and "of all 10,042" in text
@@ -437,11 +438,11 @@ def test_command_downloads_and_then_says_what_next(workplace, capsys):
 def test_command_refuses_bad_input_in_one_sentence(workplace, capsys):
     checkpoint = "checkpoints/run/step_00000007.pt"
     Path("torn.pt").write_bytes(Path(checkpoint).read_bytes()[:-100])
-    checkpoint_files.save("foreign.pt", {"weights": torch.zeros(3)})
+    files.save("foreign.pt", {"weights": torch.zeros(3)})
     wide = torch.load(checkpoint, weights_only=True)
-    checkpoint_files.save("wide.pt", wide | {"config": wide["config"] | {"n_embd": 64}})
+    files.save("wide.pt", wide | {"config": wide["config"] | {"n_embd": 64}})
     sick = {k: v * float("nan") for k, v in wide["model"].items()}
-    checkpoint_files.save("sick.pt", wide | {"model": sick})
+    files.save("sick.pt", wide | {"model": sick})
     Path("broken.jsonl").write_text(GOOD + "\n{\n")
     cases = {
         ("--checkpoint", "torn.pt"): "torn.pt",

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train_improved as ti
-from chunked_loss import chunked_cross_entropy, next_token_losses
+from training.chunked_loss import chunked_cross_entropy, next_token_losses
 
 
 def small_model(seq_len=32):

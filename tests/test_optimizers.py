@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import muon
-import planning
-import run_summary
 import train_improved as ti
 from conftest import run
+from monitoring import summary
+from runtime import planning
 from test_training import assert_same_training, checkpoint, logged
+from training import muon
 
 QUIET = "--eval_freq 0 --sample_freq 0 --histogram_freq 0 --use_tensorboard".split()
 
@@ -200,7 +200,7 @@ def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer,
     assert {k: v.shape for k, v in saved["model"].items()} == {k: v.shape for k, v in gpt2.items()}
     with torch.device("meta"):
         model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-    planned = run_summary.checkpoint_bytes(SimpleNamespace(cfg=cfg, model=model))
+    planned = summary.checkpoint_bytes(SimpleNamespace(cfg=cfg, model=model))
     assert abs(checkpoint(tmp_path, 20).stat().st_size - planned) < 50_000
 
     resume = ["--resume", str(checkpoint(tmp_path, 7)), "--run_name", "b", "--use_tensorboard"]

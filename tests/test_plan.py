@@ -184,7 +184,7 @@ def test_compile_trouble_falls_back_or_is_an_error(monkeypatch, capsys):
 
     import torch._inductor.config
 
-    import machine
+    from runtime import machine
 
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent/c++",))
     torch._dynamo.reset()

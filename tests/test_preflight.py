@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint_files
-import run_summary
-import tensorboard_log
 import train_improved as ti
-from conftest import run, write_data
+from checkpointing import files, run_folders
+from conftest import read_scalars, run, write_data
+from monitoring import summary
 from test_bad_input import refused
 from test_fuzz import small_data
 
@@ -48,19 +47,19 @@ def test_the_estimate_of_the_logs_is_near_what_they_are(trained):
     written = sum(p.stat().st_size for p in (cwd / "runs" / "a").glob("events*"))
     names = [f.name for f in dataclasses.fields(ti.Config)]
     run_ = planned(**{k: v for k, v in config.items() if k in names and k != "model"})
-    estimate = run_summary.log_bytes(run_)
+    estimate = summary.log_bytes(run_)
     assert 0.6 * written < estimate < 2 * written, (estimate, written)
     assert f"(about {estimate / 1e6:,.1f} MB)" in out
-    assert run_summary.log_bytes(run_, 20) < 0.7 * estimate  # a resume needs only the rest
+    assert summary.log_bytes(run_, 20) < 0.7 * estimate  # a resume needs only the rest
     run_.cfg.use_tensorboard = False
-    assert run_summary.log_bytes(run_) == 0
+    assert summary.log_bytes(run_) == 0
 
 
 def test_the_estimate_of_a_checkpoint_is_what_it_is(trained):
     cwd, _ = trained
-    (one, *_) = checkpoint_files.list_checkpoints(cwd / "checkpoints" / "a")
+    (one, *_) = run_folders.list_checkpoints(cwd / "checkpoints" / "a")
     run_ = SimpleNamespace(cfg=ti.Config(), model=ti.GPT(2, 2, 16, 32))
-    assert one.bytes == pytest.approx(run_summary.checkpoint_bytes(run_), rel=0.02)
+    assert one.bytes == pytest.approx(summary.checkpoint_bytes(run_), rel=0.02)
 
 
 def test_disk_is_compared_with_the_whole_planned_run(tmp_path, monkeypatch):
@@ -69,25 +68,25 @@ def test_disk_is_compared_with_the_whole_planned_run(tmp_path, monkeypatch):
     first, second = tmp_path / "checkpoints", tmp_path / "runs"
     first.mkdir()
     second.mkdir()
-    size = run_summary.checkpoint_bytes(run_)
-    need = size * 1_000_004 + run_summary.log_bytes(run_)
-    (sentence,) = run_summary.disk_warnings(run_, 0, first, second)  # 87 TB: no disk has that
+    size = summary.checkpoint_bytes(run_)
+    need = size * 1_000_004 + summary.log_bytes(run_)
+    (sentence,) = summary.disk_warnings(run_, 0, first, second)  # 87 TB: no disk has that
     assert f"the run needs up to {size * 1_000_004 / 1e9:.2f} GB more (1000004 files" in sentence
-    assert f"and {run_summary.log_bytes(run_) / 1e9:.2f} GB for logs" in sentence
+    assert f"and {summary.log_bytes(run_) / 1e9:.2f} GB for logs" in sentence
     free = shutil.disk_usage(tmp_path).free
     said = 1e9 * float(re.search(r"has ([\d.]+) GB free", sentence)[1])
     assert said == pytest.approx(free, rel=0.05) and need > free  # others write, too
     run_ = planned(max_steps=10)
-    assert run_summary.disk_warnings(run_, 0, first, second) == []
+    assert summary.disk_warnings(run_, 0, first, second) == []
 
 
 def test_memory_for_the_chosen_micro_batch(monkeypatch):
-    assert run_summary.memory_warning(planned()) is None
-    sentence = run_summary.memory_warning(planned(micro_batch_size=10**7))
+    assert summary.memory_warning(planned()) is None
+    sentence = summary.memory_warning(planned(micro_batch_size=10**7))
     assert "--micro_batch_size 10000000 needs about" in sentence
     assert "GB of memory and the copy for checkpoints 0.1 GB" in sentence
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")  # each process needs its share
-    assert "are free" in run_summary.memory_warning(planned())
+    assert "are free" in summary.memory_warning(planned())
 
 
 def test_the_effective_configuration_is_stored_with_the_run(trained):
@@ -108,7 +107,7 @@ def test_one_folder_for_checkpoints_and_logs(tmp_path):
     run(*flags, "--use_tensorboard", "--max_steps", 3, "--eval_freq", 0, cwd=tmp_path)
     more = ["--resume", "latest", "--max_steps", 4, "--use_tensorboard"]
     run(*flags, *more, cwd=tmp_path)
-    points = tensorboard_log.read_scalars(tmp_path / "out" / "a")["Loss/train"]
+    points = read_scalars(tmp_path / "out" / "a")["Loss/train"]
     assert [step for step, _, _ in points] == [1, 2, 3, 4]
 
 
@@ -139,8 +138,8 @@ def test_a_run_folder_that_is_a_link_elsewhere_is_refused(capsys, monkeypatch, t
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(capsys, monkeypatch, trained, tmp_path):
     cwd, _ = trained
-    state = checkpoint_files.load(cwd / "checkpoints" / "a" / "step_00000040.pt")
-    checkpoint_files.save(tmp_path / "x.pt", state | {"tokenizer": "another one"})
+    state = files.load(cwd / "checkpoints" / "a" / "step_00000040.pt")
+    files.save(tmp_path / "x.pt", state | {"tokenizer": "another one"})
     sentence = refused(capsys, monkeypatch, cwd, "--resume", tmp_path / "x.pt", small=False)
     assert "another one" in sentence and ti.tokenizer.fingerprint() in sentence
 

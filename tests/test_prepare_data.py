@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corpus
-import data_shards
 import prepare_data
-from tokenizer import EOT, get_tokenizer
+from tokens import corpus, encoding
+from tokens import shards as token_shards
+from tokens.tokenizer import EOT, get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOKS = ROOT.parent / "shared" / "data" / "books_train.jsonl.gz"
@@ -200,7 +200,7 @@ def test_the_books_recounted(tmp_path):
     ]
     for key in ("tokenizer_fingerprint", "vocab_size", "source", "revision", "command", "date"):
         assert key in manifest
-    assert data_shards.open_split(str(tmp_path / "out"), "train").num_tokens == len(train)
+    assert token_shards.open_split(str(tmp_path / "out"), "train").num_tokens == len(train)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -323,18 +323,18 @@ def test_the_faster_pattern_gives_the_same_tokens(monkeypatch):
     seed = int(os.environ.get("PREPARE_SEED", random.randrange(1 << 30)))
     print("PREPARE_SEED =", seed)
     texts = random_texts(random.Random(seed), 10_000)
-    assert 0.2 < sum(map(prepare_data.is_simple, texts)) / len(texts) < 0.95
-    assert np.array_equal(prepare_data.encode_documents(texts, Counter()), recount(texts))
-    monkeypatch.setattr(prepare_data, "BATCH", 50)
-    assert np.array_equal(prepare_data.encode_text("".join(texts)), recount(["".join(texts)])[1:])
+    assert 0.2 < sum(map(encoding.is_simple, texts)) / len(texts) < 0.95
+    assert np.array_equal(encoding.encode_documents(texts, Counter()), recount(texts))
+    monkeypatch.setattr(encoding, "BATCH", 50)
+    assert np.array_equal(encoding.encode_text("".join(texts)), recount(["".join(texts)])[1:])
 
 
 @pytest.mark.parametrize(
     "unit", ["a", "ab", "the", "1", "!", "'", "=", " ", "\n", "日本", "🙂", "ÃÂ", 0]
 )
 def test_long_runs_in_windows_are_exact(monkeypatch, unit):
-    monkeypatch.setattr(prepare_data, "LONG_RUN", 2048)
-    monkeypatch.setattr(prepare_data, "SEAM", 16)
+    monkeypatch.setattr(encoding, "LONG_RUN", 2048)
+    monkeypatch.setattr(encoding, "SEAM", 16)
     rng = random.Random(0)
     run = (
         "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCD", k=20_000))
@@ -342,8 +342,8 @@ def test_long_runs_in_windows_are_exact(monkeypatch, unit):
         else unit * 9000
     )
     text = f"He'll say: don't{run}'s {run} \n{run}x " + "ordinary words " * 300 + run
-    assert len(list(prepare_data._window_ends(text))) > 20
-    assert np.array_equal(prepare_data.encode_text(text), recount([text])[1:])
+    assert len(list(encoding._window_ends(text))) > 20
+    assert np.array_equal(encoding.encode_text(text), recount([text])[1:])
 
 
 def test_a_million_spaces_before_a_word():
@@ -351,7 +351,7 @@ def test_a_million_spaces_before_a_word():
     text = "x" + " " * 1_500_000 + "word"
     with pytest.raises(ValueError, match="stack"):
         get_tokenizer().encode(text)
-    tokens = prepare_data.encode_text(text)
+    tokens = encoding.encode_text(text)
     spaces = get_tokenizer().encode_ordinary("x" + " " * 1000)[1:]
     assert set(spaces) == {220}
     assert tokens.tolist() == [87, *[220] * 1_499_999, *get_tokenizer().encode_ordinary(" word")]
@@ -535,7 +535,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
         workers = ("--workers", rng.choice([1, 2, 3]))
         kills += kill_after(rng.randint(1, 10), killed, [*flags, *workers])
         (killed / ".prepare" / ".tmp-part_00000000.bin-1").write_bytes(b"of a killed worker")
-        (killed / ".a_train_000000.bin.1.tmp").write_bytes(b"of a killed writer")
+        (killed / ".tmp-a_train_000000.bin-1").write_bytes(b"of a killed writer")
     assert kills >= 2
     journal = killed / ".prepare" / "journal"
     journal.write_bytes(journal.read_bytes() + b'{"unit": 99, "tok')  # a line that was not finished

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 import hellaswag
-import pretrained
 import train_improved as ti
+from checkpointing import pretrained
 from conftest import ROOT, environment, run
-from tokenizer import VOCAB_SIZE
+from tokens.tokenizer import VOCAB_SIZE
+from training import scoring
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 32}
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
@@ -172,7 +173,7 @@ def test_hellaswag_scores_a_folder_as_the_model_itself(model, tmp_path, capsys, 
     out = capsys.readouterr().out
     for word in ("hf, a Hugging Face folder", "attn.bias", "0.2955", "0.2892", "0.3114"):
         assert word in out, word
-    expected = hellaswag.score(model, hellaswag.load_items("items.jsonl"))
+    expected = scoring.score(model, scoring.load_items("items.jsonl"))
     lines = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
     for line, result in zip(lines, expected, strict=True):
         assert line["losses"] == pytest.approx(result.losses, abs=1e-6)
@@ -215,7 +216,7 @@ def test_training_begins_with_the_weights_on_every_rank(workplace, model, data, 
         small=False,
     )  # fmt: skip
     assert first_loss(alone) == first_loss(out)
-    source = ti.data_shards.open_source(str(data), "val", 32, 0)
+    source = ti.open_source(str(data), "val", 32, 0)
     val = torch.from_numpy(source.windows_in_order(range(16)).astype("int64"))
     with torch.no_grad():
         assert f"{model(val[:, :-1], val[:, 1:]):.4f}" == first_loss(out)
@@ -336,7 +337,7 @@ def hub(folder: Path, repository: str):
 
 def read_from_hub(source: str, endpoint: str, cache: Path) -> subprocess.CompletedProcess:
     program = (
-        "import sys, torch, pretrained\n"
+        "import sys, torch; from checkpointing import pretrained\n"
         "try:\n"
         "    shape, weights, notes = pretrained.read_pretrained(sys.argv[1])\n"
         "except ValueError as e: sys.exit(f'refused {e}')\n"

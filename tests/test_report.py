@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-import charts
 import report
 from conftest import ROOT, run
-from tensorboard_log import TensorBoardLog, read_run, read_scalars
+from monitoring import charts
+from monitoring.tensorboard_log import TensorBoardLog, read_run, read_scalars
 
 STEP = {"Loss/train": 3.0, "Learning_Rate/lr": 1e-3, "Performance/step_time_ms": 50.0}
 HELLASWAG = [

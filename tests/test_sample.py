@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-import data_shards
 import export
 import sample
-import tokenizer
 import train_improved as ti
 from conftest import ROOT, environment, run
-from tokenizer import EOT
+from tokens import shards, tokenizer
+from tokens.tokenizer import EOT
+from training import generation
 
 COMMAND = ROOT / "src" / "sample.py"
 
@@ -42,7 +42,7 @@ def test_cached_features_equal_uncached():
     ids = torch.randint(0, 50257, (3, 32))
     with torch.no_grad():
         whole = model.features(ids)
-        cache = sample.KVCache(32)
+        cache = generation.KVCache(32)
         parts = [model.features(ids[:, :20], cache=cache)]
         parts += [model.features(ids[:, t : t + 1], cache=cache) for t in range(20, 32)]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
@@ -88,7 +88,7 @@ PROMPTS = [[1, 2, 3], [40], [5, 6, 7, 8, 9, 10, 11, 12], [100, 200, 300]]
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "several"])
 def test_tokens_are_those_of_the_uncached_way(how, prompts):
     model, generator = small_model(scale=3.0), torch.Generator().manual_seed(5)
-    got = sample.generate(model, prompts, 20, generator, count=2, **how)
+    got = generation.generate(model, prompts, 20, generator, count=2, **how)
     generator.manual_seed(5)
     expected = [
         uncached(model, prompt, 20, torch.rand(model.seq_len, generator=generator), **how)
@@ -101,25 +101,25 @@ def test_tokens_are_those_of_the_uncached_way(how, prompts):
 
 def test_a_row_says_the_same_whatever_is_beside_it():
     model = small_model(scale=3.0)
-    together = sample.generate(model, PROMPTS, 12, torch.Generator().manual_seed(2))
+    together = generation.generate(model, PROMPTS, 12, torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
-    assert together == [sample.generate(model, [p], 12, generator)[0] for p in PROMPTS]
-    longer = sample.generate(model, PROMPTS, 20, torch.Generator().manual_seed(2))
+    assert together == [generation.generate(model, [p], 12, generator)[0] for p in PROMPTS]
+    longer = generation.generate(model, PROMPTS, 20, torch.Generator().manual_seed(2))
     assert [row[:12] for row in longer] == together
 
 
 def test_texts_end_with_the_context_or_with_end_of_text():
     model = small_model()
-    rows = sample.generate(model, PROMPTS, 1000, torch.Generator())
+    rows = generation.generate(model, PROMPTS, 1000, torch.Generator())
     assert [len(p) + len(row) for p, row in zip(PROMPTS, rows, strict=True)] == [32] * 4
     with torch.no_grad():  # <|endoftext|> gets a share of about a third
         w = model.transformer.wte.weight
         model.transformer.ln_f.bias += 10 * w[EOT] / w[EOT].norm() ** 2
-    rows = sample.generate(model, [[1, 2]], 1000, torch.Generator(), count=50, top_k=0)
+    rows = generation.generate(model, [[1, 2]], 1000, torch.Generator(), count=50, top_k=0)
     lengths = {len(row) for row in rows}
     assert {0, 1, 2} <= lengths and max(lengths) < 30, lengths
     assert not any(EOT in row for row in rows)
-    steps = list(sample.stream(model, [[1, 2]], 1000, torch.Generator(), count=50, top_k=0))
+    steps = list(generation.stream(model, [[1, 2]], 1000, torch.Generator(), count=50, top_k=0))
     assert len(steps) == max(lengths) + 1, "ends when the last row does"
 
 
@@ -136,17 +136,17 @@ def test_each_token_is_chosen_with_its_probability(top_k, top_p):
     probs[beyond] = 0
     probs /= probs.sum()
     draws = (torch.arange(N) + 0.5) / N
-    chosen = sample.choose(logits.expand(N, -1), draws, 0.7, top_k, top_p)
+    chosen = generation.choose(logits.expand(N, -1), draws, 0.7, top_k, top_p)
     shares = torch.bincount(chosen, minlength=100) / N
     assert (shares - probs).abs().max() < 2 / N
     ends = torch.tensor([0.0, 1 - 2**-24])  # the first and the last number that rand can give
-    assert (probs[sample.choose(logits.expand(2, -1), ends, 0.7, top_k, top_p)] > 0).all()
+    assert (probs[generation.choose(logits.expand(2, -1), ends, 0.7, top_k, top_p)] > 0).all()
 
 
 def test_temperature_towards_zero_is_greedy():
     logits = torch.randn(5, 1000)
     for temperature in (0, 1e-6, 1e-40):
-        chosen = sample.choose(logits, torch.rand(5), temperature, 0, 1.0)
+        chosen = generation.choose(logits, torch.rand(5), temperature, 0, 1.0)
         assert chosen.tolist() == logits.argmax(1).tolist()
 
 
@@ -156,7 +156,7 @@ def test_poll_at_every_token_and_outside_inference_mode():
     def poll():  # in training it may save a checkpoint
         calls.append(torch.is_inference_mode_enabled() or not torch.is_grad_enabled())
 
-    sample.generate(small_model(), [[1]], 9, torch.Generator(), poll=poll)
+    generation.generate(small_model(), [[1]], 9, torch.Generator(), poll=poll)
     assert calls == [False] * 9
 
 
@@ -169,7 +169,7 @@ def test_sampling_recompiles_nothing():
         frames = dict(torch._dynamo.utils.counters["frames"])
         for n in (1, 5):
             with torch.autocast("cpu", torch.bfloat16):
-                sample.generate(model, PROMPTS[:n], 8, torch.Generator(), count=2)
+                generation.generate(model, PROMPTS[:n], 8, torch.Generator(), count=2)
             train_model(ids[:, :-1], ids[:, 1:]).backward()
         assert dict(torch._dynamo.utils.counters["frames"]) == frames, "nothing was compiled anew"
 
@@ -216,7 +216,7 @@ def trained(tmp_path_factory) -> Path:
     data.mkdir(parents=True)
     for split, count in (("train", 20_000), ("val", 2_000)):
         tokens = rng.integers(256, 556, count).astype(np.uint16)
-        data_shards.write_shard(data / f"endless_{split}_000000.bin", tokens)
+        shards.write_shard(data / f"endless_{split}_000000.bin", tokens)
     flags = "--max_steps 8 --checkpoint_freq 4 --eval_freq 0 --run_name a --seq_len 64"
     run(*flags.split(), cwd=cwd, data=data)
     return cwd

@@ -8,7 +8,7 @@ N tokens, C channels, V = 50,257 classes.
 import torch
 import torch.nn.functional as F
 
-from tokenizer import VOCAB_SIZE
+from tokens.tokenizer import VOCAB_SIZE
 
 PADDED_VOCAB = 50_304  # the next multiple of 64: matrix units want aligned shapes
 CPU_ROWS = 1024  # of logits that exist at a time on a CPU; a GPU takes more, to be busy

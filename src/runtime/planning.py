@@ -7,12 +7,12 @@ change. The defaults themselves are in train_improved.py.
 import sys
 from pathlib import Path
 
-import checkpoint_files
-import data_shards
-import run_summary
-import tokenizer
-from console import marked
-from flags import check_ranges, merge
+from basics import durable
+from basics.words import marked
+from checkpointing import files, run_folders
+from monitoring import summary
+from runtime.flags import check_ranges, merge
+from tokens import sample_text, tokenizer
 
 # --- Flags and checkpoint -------------------------------------------------------------------------
 
@@ -109,10 +109,10 @@ def find_checkpoint(
     by_path = resume not in (None, "latest", "auto")
     path, skipped = None, []
     if run_name is not None and (restarted or resume in ("latest", "auto")):
-        path, skipped = checkpoint_files.find_latest(checkpoint_dir / run_name)
+        path, skipped = run_folders.find_latest(checkpoint_dir / run_name)
     # Under auto a named run that has no checkpoint yet starts fresh: a restart is not a transfer.
     if path is None and (resume == "latest" or (resume == "auto" and run_name is None)):
-        path, more = checkpoint_files.find_latest_anywhere(checkpoint_dir)
+        path, more = run_folders.find_latest_anywhere(checkpoint_dir)
         skipped += [entry for entry in more if entry not in skipped]
     for bad, reason in skipped:
         print(f"skipped {bad}: {reason}", file=sys.stderr)
@@ -122,7 +122,7 @@ def find_checkpoint(
             "start a new run, or use --resume auto in scripts"
         )
     if by_path and path is not None:
-        came_to, named = (checkpoint_files.read_info(p).get("step", 0) for p in (path, resume))
+        came_to, named = (files.read_info(p).get("step", 0) for p in (path, resume))
         return path if came_to > named else Path(resume)
     return Path(resume) if by_path else path
 
@@ -167,15 +167,15 @@ def build_sample_corpus(folder: str) -> None:
         flush=True,
     )
     if not Path(folder, "manifest.json").exists():
-        data_shards.sample_corpus(folder)
+        sample_text.sample_corpus(folder)
 
 
 def preflight(run, checkpoint: dict | None) -> None:
     """Rank 0: claim the output folders and try them, before anything expensive."""
     cfg = run.cfg
     folder = run.checkpoint_folder
-    log_folder = checkpoint_files.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
-    existing = checkpoint_files.list_checkpoints(folder)
+    log_folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+    existing = run_folders.list_checkpoints(folder)
     if existing and not run.resumes_own_name:
         problem = f"{folder} holds checkpoints up to step {existing[-1].step} already; go on with "
         problem += "--resume latest"
@@ -185,18 +185,18 @@ def preflight(run, checkpoint: dict | None) -> None:
     warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
         try:
-            warnings += [checkpoint_files.check_writable(path)]
+            warnings += [durable.check_writable(path)]
         except ValueError as error:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
         if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
-            run.locks.append(checkpoint_files.RunLock().acquire(path))
-    checkpoint_files.sweep(folder)
+            run.locks.append(run_folders.RunLock().acquire(path))
+    run_folders.sweep(folder)
     for beyond in existing if run.resumes_own_name else ():
         if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
             beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
             print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
     step = checkpoint["step"] if checkpoint else 0
-    warnings += run_summary.disk_warnings(run, step, folder, log_folder)
-    warnings += [run_summary.memory_warning(run), run_summary.store_config(run, log_folder)]
+    warnings += summary.disk_warnings(run, step, folder, log_folder)
+    warnings += [summary.memory_warning(run), summary.store_config(run, log_folder)]
     for warning in filter(None, warnings):
         print(marked(f"WARNING {warning}"), flush=True)

@@ -10,15 +10,17 @@ import platform
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint_files
-import machine
+from basics import durable, host, words
+from checkpointing import files as checkpoint_files
+from checkpointing import run_folders
+from training import memory as step_memory
 
 
 def plan(run) -> str:
@@ -28,7 +30,7 @@ def plan(run) -> str:
     total_tokens = cfg.max_steps * cfg.total_batch_size
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    memory = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    memory = step_memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
@@ -142,9 +144,9 @@ def log_bytes(run, from_step: int = 0) -> int:
 def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
     """What the output folders lack for the rest of the run from `step` on, as sentences."""
     size, files = checkpoint_bytes(run), checkpoints_kept(run.cfg)
-    there = sum(c.bytes for c in checkpoint_files.list_checkpoints(folder))
+    there = sum(c.bytes for c in run_folders.list_checkpoints(folder))
     need, logs = max(2 * size, files * size - there), log_bytes(run, step)
-    free, log_free = (checkpoint_files.free_bytes(f) for f in (folder, log_folder))
+    free, log_free = (host.free_bytes(f) for f in (folder, log_folder))
     what = f"the run needs up to {need / 1e9:.2f} GB more ({files} files in all)"
     same_disk = os.stat(folder).st_dev == os.stat(log_folder).st_dev
     if same_disk:
@@ -167,11 +169,11 @@ def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
 def memory_warning(run) -> str | None:
     """Said where the estimate for the micro-batch, with the copy for checkpoints, does not fit."""
     cfg, device = run.cfg, run.dist.device
-    need, copy = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size), 0
+    need, copy = step_memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size), 0
     if device.type == "cuda":
         available, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
     else:
-        available, where = checkpoint_files.available_bytes(), "memory"
+        available, where = host.available_bytes(), "memory"
         need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         copy = checkpoint_bytes(run)
     if available is None or need + copy <= available:
@@ -203,7 +205,7 @@ def store_config(run, folder: Path) -> str | None:
     disk that is no error but the sentence that is returned."""
     git = None
     if shutil.which("git"):
-        here = str(Path(__file__).parent)
+        here = str(Path(__file__).parents[1])
         command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     record = {
@@ -224,14 +226,11 @@ def store_config(run, folder: Path) -> str | None:
         "train_tokens": run.train_data.num_tokens,
         "data_fingerprint": run.train_data.fingerprint,
     }
-    partial = folder / "config.json.partial"
     try:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.replace(folder / "config.json")
+        durable.write(folder / "config.json", json.dumps(record, indent=2).encode() + b"\n")
     except OSError as error:
-        if error.errno not in checkpoint_files.DISK_FULL:
+        if error.errno not in durable.DISK_FULL:
             raise
-        partial.unlink(missing_ok=True)
         return f"{folder / 'config.json'} could not be written: {error.strerror}"
     return None
 
@@ -247,7 +246,7 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
     command = "python"
     if run.dist.world_size > 1:
         command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
-    command += f" {os.path.relpath(Path(__file__).with_name('train_improved.py'))}"
+    command += f" {os.path.relpath(Path(__file__).parents[1] / 'train_improved.py')}"
     stable = checkpoint_files.step_path(run.checkpoint_folder, last_stable or 0)
     if finished and last_stable and stable.exists():
         command += f" --resume {os.path.relpath(stable)} --run_name {cfg.run_name}-longer"
@@ -259,11 +258,11 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
             command += f" --{name} {getattr(cfg, name)}"
     if finished:
         command += f" --max_steps {2 * cfg.max_steps}"
-    elif not checkpoint_files.list_checkpoints(run.checkpoint_folder):
+    elif not run_folders.list_checkpoints(run.checkpoint_folder):
         command = "the same command again, nothing is saved yet"
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
-        f"after {format_seconds(state.train_seconds)} of training{energy}{loss}",
+        f"after {words.duration(state.train_seconds)} of training{energy}{loss}",
         f"checkpoints   {Path(cfg.checkpoint_dir, cfg.run_name)}",
     ]
     if cfg.use_tensorboard:
@@ -271,7 +270,3 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
         rows.append(f"watch         tensorboard --logdir={cfg.tensorboard_dir}")
     rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
     return "\n".join(rows)
-
-
-def format_seconds(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

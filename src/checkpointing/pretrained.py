@@ -18,8 +18,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import checkpoint_files
-from tokenizer import VOCAB_SIZE, fingerprint, vocabulary
+from checkpointing import files, run_folders
+from tokens.tokenizer import VOCAB_SIZE, fingerprint, vocabulary
 
 # OpenAI's models, as GPT-2's users call them.
 ALIASES = {
@@ -64,14 +64,14 @@ def find(source: str, checkpoint_dir="checkpoints") -> tuple[Path, list[str]]:
 def find_here(source: str, checkpoint_dir="checkpoints") -> tuple[Path, list[tuple[Path, str]]]:
     """(path, [(damaged file, reason), ...]) for "latest", a file, a run's or an HF folder."""
     if source == "latest":
-        path, skipped = checkpoint_files.find_latest_anywhere(checkpoint_dir)
+        path, skipped = run_folders.find_latest_anywhere(checkpoint_dir)
         if path is None:
             raise ValueError(f"no checkpoint under {checkpoint_dir}/ yet: train, or name a file")
         return path, skipped
     path = Path(source)
     if not path.is_dir() or is_hugging_face(path):
         return path, []
-    newest, skipped = checkpoint_files.find_latest(path)
+    newest, skipped = run_folders.find_latest(path)
     if newest is None:
         raise ValueError(
             f"{source} holds neither a checkpoint (step_*.pt) that is whole nor a Hugging Face "
@@ -188,7 +188,7 @@ def _check_tensors(found: dict, shape: dict) -> None:
 
 
 def _from_checkpoint_file(path: Path) -> tuple[dict, dict, list[str]]:
-    checkpoint = checkpoint_files.load(path)
+    checkpoint = files.load(path)
     shape, weights = from_checkpoint(checkpoint, path)
     return shape, weights, [f"{path}, step {checkpoint['step']:,}"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint_files
-from chunked_loss import PADDED_VOCAB, chunk_rows
-from console import marked
+from basics import durable, host
+from basics.words import marked
+from training.memory import training_bytes
 
 
 def choose_device(name: str | None, local_rank: int = 0, world_size: int = 1) -> torch.device:
@@ -69,19 +69,6 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
 
 
-def training_bytes(model, dtype: torch.dtype, sequences: int) -> int:
-    """Estimate of what a process needs: weights, gradients, two moments, activations, loss."""
-    # Kept for the backward pass, in bytes per token, layer and channel, as measured on GPT-2 124M.
-    width = 50 if dtype != torch.float32 else 80
-    tokens = sequences * model.seq_len
-    activations = tokens * model.n_layer * model.n_embd * width
-    weight = model.lm_head.weight
-    logits = min(chunk_rows(weight.device), tokens) * PADDED_VOCAB * dtype.itemsize
-    in_float = 2 * PADDED_VOCAB * (4096 if weight.is_cuda else 32) * 4
-    loss = logits + in_float + 2 * PADDED_VOCAB * model.n_embd * 4
-    return 16 * model.num_params() + activations + loss
-
-
 def choose_micro_batch(model, sequences: int, device: torch.device, dtype: torch.dtype,
                        processes: int, autocast) -> int:  # fmt: skip
     """The largest divisor of a process' `sequences` per step that fits into memory with headroom.
@@ -120,7 +107,7 @@ def choose_micro_batch(model, sequences: int, device: torch.device, dtype: torch
 def memory_budget(device: torch.device, processes: int) -> float:
     """Bytes that a process may fill. Where CPU and GPU share memory (a DGX Spark), asking for too
     much does not raise, it freezes the host: much is left alone there."""
-    available = checkpoint_files.available_bytes() or 8e9
+    available = host.available_bytes() or 8e9
     if device.type != "cuda":
         return 0.5 * available / processes
     free = torch.cuda.mem_get_info(device)[0]
@@ -200,7 +187,7 @@ def _fits(model, size: int, device, autocast) -> bool:
 
 
 def _key(model, device: torch.device, dtype: torch.dtype) -> str:
-    name, total = "cpu", checkpoint_files.available_bytes()
+    name, total = "cpu", host.available_bytes()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, total = properties.name, properties.total_memory
@@ -230,9 +217,7 @@ def remember(key: str, size: int) -> None:
         except (OSError, ValueError, TypeError):
             known = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known | {key: size}, indent=1) + "\n")
-        partial.replace(path)
+        durable.write(path, json.dumps(known | {key: size}, indent=1).encode() + b"\n")
     except OSError:
         pass  # then it is found again next time
 
@@ -312,26 +297,3 @@ def compiled(model, ids_BT, autocast, asked: bool | None):
         warning = f"WARNING torch.compile does not work here ({reason}): training without it"
         print(marked(warning), flush=True)
         return model
-
-
-def compilations() -> int:
-    """Graphs that torch.compile has made so far; each costs tens of seconds of a step."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def profiler(folder: Path, say):
-    """A profiler whose `step()` is called after each step: a trace of three early ones, for
-    Perfetto (https://ui.perfetto.dev) or TensorBoard's profile plugin."""
-
-    def write(profile):
-        path = folder / f"trace_{os.getpid()}.pt.trace.json"
-        profile.export_chrome_trace(str(path))
-        say(f"profile of three steps: {path}")
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-    return torch.profiler.profile(
-        activities=activities, schedule=schedule, on_trace_ready=write, record_shapes=True
-    )

@@ -26,16 +26,17 @@ from pathlib import Path
 
 import torch
 
-import checkpoint_files
-import data_shards
-import energy
-import machine
-import run_summary
-import tokenizer
-from console import tint
+from basics import host
+from basics.words import tint
+from checkpointing import background, run_folders
+from monitoring import energy, summary
+from runtime import machine
+from tokens import shards as token_shards
+from tokens import tokenizer
+from training import memory
 
 REFERENCE_STEPS = 95_365  # five epochs of 10 billion tokens
-REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 DISK_TEST_BYTES = 256 << 20
 CHECKSUMS_BELOW = 2e9  # bytes of shards whose SHA-256 are checked unasked: a few seconds
 PORTS = {6006: "TensorBoard's", 29500: "torchrun's"}
@@ -57,10 +58,9 @@ class Report:
             self.problems.append(name)
 
 
-def examine(given: dict) -> int:
-    """Look at everything -> exit code 0, or 2 if there is a problem. given: as parse_flags gave."""
-    import train_improved as ti
-
+def examine(given: dict, ti) -> int:
+    """Look at everything -> exit code 0, or 2 if there is a problem. given: as parse_flags gave.
+    ti: the script, which plans and trains."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)
         return 2
@@ -228,7 +228,7 @@ def check_memory(report: Report, run) -> bool:
     """The estimate of what training needs, and the copy that saving in the background needs ->
     whether training fits."""
     cfg, device = run.cfg, run.dist.device
-    need = machine.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    need = memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
     there = free_memory(device)
     text = (
         f"training needs about {need / 1e9:.1f} GB at {cfg.micro_batch_size} sequence(s) a pass, "
@@ -242,8 +242,8 @@ def check_memory(report: Report, run) -> bool:
     else:
         report.add("ok", "memory", text)
     left = free_memory(torch.device("cpu")) - (0 if device.type == "cuda" else need)
-    copy = run_summary.checkpoint_bytes(run)
-    if copy + checkpoint_files.HEADROOM > left:
+    copy = summary.checkpoint_bytes(run)
+    if copy + background.HEADROOM > left:
         report.add(
             "note",
             "memory",
@@ -257,7 +257,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that can be had; infinite where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return checkpoint_files.available_bytes() or math.inf
+    return host.available_bytes() or math.inf
 
 
 # --- Disk, data, network --------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def check_disk(report: Report, cfg, run) -> None:
     rate = None
     for name in ("checkpoint_dir", "tensorboard_dir"):
         folder = _existing(getattr(cfg, name))
-        free = checkpoint_files.free_bytes(folder)
+        free = host.free_bytes(folder)
         size = 4096 if name == "tensorboard_dir" else min(DISK_TEST_BYTES, free // 4)
         try:
             seconds = _write_seconds(folder, size)
@@ -281,7 +281,7 @@ def check_disk(report: Report, cfg, run) -> None:
     if run is None:
         report.add("ok", "disk", text)
         return
-    size, files = run_summary.checkpoint_bytes(run), run_summary.checkpoints_kept(cfg)
+    size, files = summary.checkpoint_bytes(run), summary.checkpoints_kept(cfg)
     text += f", a checkpoint of {size / 1e6:,.0f} MB in {size / rate:.1f} s"
     if size / rate > 25:
         text += ": longer than torchrun waits after a signal (30 s)"
@@ -289,8 +289,8 @@ def check_disk(report: Report, cfg, run) -> None:
     else:
         report.add("ok", "disk", text)
 
-    run_folder = checkpoint_files.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
-    there = checkpoint_files.list_checkpoints(run_folder)
+    run_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    there = run_folders.list_checkpoints(run_folder)
     if there and run.resumed_from is None:
         report.add(
             "PROBLEM",
@@ -300,7 +300,7 @@ def check_disk(report: Report, cfg, run) -> None:
         )
     needs = {
         "checkpoint_dir": max(files - len(there), 1) * size,
-        "tensorboard_dir": run_summary.log_bytes(run),
+        "tensorboard_dir": summary.log_bytes(run),
     }
     by_disk = {}
     for name, need in needs.items():
@@ -308,7 +308,7 @@ def check_disk(report: Report, cfg, run) -> None:
         by_disk.setdefault(folder.stat().st_dev, []).append((folder, need))
     for group in by_disk.values():
         folder, need = group[0][0], sum(need for _, need in group)
-        free = checkpoint_files.free_bytes(folder)
+        free = host.free_bytes(folder)
         text = f"{folder}: the run writes up to {_size(need)}, {_size(free)} are free"
         if need > free:
             fix = "make room, a smaller --keep_checkpoints, or another --checkpoint_dir"
@@ -348,17 +348,17 @@ def check_data(report: Report, run, sample_dir: str) -> None:
     """The shards fit each other and their manifest: planning has opened them. Checksums too where
     that is quick or --verify_data asks for it."""
     cfg = run.cfg
-    folders = [Path(folder) for folder, _ in data_shards.parse_data_dir(cfg.data_dir)]
-    splits = [data_shards.list_shards(f, split) for f in folders for split in ("train", "val")]
+    folders = [Path(folder) for folder, _ in token_shards.parse_data_dir(cfg.data_dir)]
+    splits = [token_shards.list_shards(f, split) for f in folders for split in ("train", "val")]
     size = sum(path.stat().st_size for shards in splits for path, _ in shards)
     text = (
         f"{cfg.data_dir}: {run.train_data.num_tokens:,} training tokens in {_size(size)}, "
         f"{run.val_data.num_tokens:,} of validation"
     )
-    listed = all(data_shards.read_manifest(folder) is not None for folder in folders)
+    listed = all(token_shards.read_manifest(folder) is not None for folder in folders)
     if cfg.verify_data or size < CHECKSUMS_BELOW:
         try:
-            data_shards.verify(cfg.data_dir)
+            token_shards.verify(cfg.data_dir)
         except ValueError as error:
             report.add("PROBLEM", "data", f"{text}: {error}")
             return
@@ -366,7 +366,7 @@ def check_data(report: Report, run, sample_dir: str) -> None:
     else:
         text += ", sizes as in the manifest (checksums: --verify_data)" if listed else ""
     if cfg.data_dir == sample_dir:
-        free = _size(checkpoint_files.free_bytes(sample_dir))
+        free = _size(host.free_bytes(sample_dir))
         text += f". A sample to try the program with: FineWeb-Edu takes 20 GB, {free} are free"
         report.add("note", "data", text, "python src/prepare_data.py, or --data_dir")
     elif run.cfg.max_steps * run.cfg.total_batch_size > 20 * run.train_data.num_tokens:
@@ -418,7 +418,7 @@ def check_speed(report: Report, ti, run) -> None:
         report.add("ok", "this plan", text)
     if shape != ti.PRESETS["gpt2"]:
         run = reference_run(ti, run)
-        need = machine.training_bytes(run.model, run.dtype, 1)
+        need = memory.training_bytes(run.model, run.dtype, 1)
         free = free_memory(device)
         if need > free:
             text = f"training 124M needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"

@@ -1,0 +1,281 @@
+"""The folders of runs: find, keep and delete checkpoints, claim a folder for one run."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from basics.durable import make_folder
+from checkpointing.files import (
+    RUN_NAME,
+    STEP_NAME,
+    TEMPORARY_NAME,
+    CheckpointError,
+    Info,
+    is_known_good,
+    read_info,
+    saved_at,
+    step_path,
+    verify,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, and folders cannot be flushed; the rest works
+    fcntl = None
+
+# --- Finding --------------------------------------------------------------------------------------
+
+
+def list_checkpoints(folder) -> list[Info]:
+    """The files in `folder` that are named like checkpoints, by step; [] if there is no folder.
+
+    ValueError: the folder cannot be read.
+    """
+    found = []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise ValueError(f"cannot list {folder}: {e.strerror}") from None
+    for name in names:
+        match = STEP_NAME.fullmatch(name)
+        if match and name == step_path("", int(match[1])).name:
+            with contextlib.suppress(OSError):  # deleted since, or a link to nothing
+                path = Path(folder) / name
+                st = os.stat(path)
+                if stat.S_ISREG(st.st_mode):
+                    found.append(Info(path, int(match[1]), st.st_size, st.st_mtime))
+    return sorted(found, key=lambda c: c.step)
+
+
+def _first_whole(candidates: list[Info]) -> tuple[Path | None, list[tuple[Path, str]]]:
+    skipped = []
+    for candidate in candidates:
+        try:
+            verify(candidate.path)
+            return candidate.path, skipped
+        except CheckpointError as e:
+            skipped.append((candidate.path, e.reason))
+    return None, skipped
+
+
+def find_latest(folder) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """(the checkpoint of the highest step that verifies, [(skipped file, reason), ...])."""
+    return _first_whole(list_checkpoints(folder)[::-1])
+
+
+def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """As `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
+
+    def when(candidate: Info) -> float:
+        with contextlib.suppress(CheckpointError):
+            return saved_at(read_info(candidate.path), candidate.mtime)
+        return candidate.mtime
+
+    candidates = [c for run in run_folders(checkpoint_dir) for c in list_checkpoints(run)]
+    return _first_whole(sorted(candidates, key=lambda c: (when(c), c.step), reverse=True))
+
+
+def run_folders(checkpoint_dir) -> list[Path]:
+    """The folders in `checkpoint_dir`, by name; links are not followed."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(
+            p for p in Path(checkpoint_dir).iterdir() if p.is_dir() and not p.is_symlink()
+        )
+    return []
+
+
+# --- Retention ------------------------------------------------------------------------------------
+
+
+def sweep(folder) -> list[Path]:
+    """Remove temporaries that crashed saves left in `folder`; for the holder of the lock only."""
+    removed = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if TEMPORARY_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+                    removed.append(Path(entry.path))
+    return removed
+
+
+def retain(
+    folder, keep_last: int, keep_every: int = 0, stable_step: int | None = None
+) -> list[str]:
+    """Delete old checkpoints in `folder`; returns a warning for each that could not be deleted.
+
+    Kept are the `keep_last` highest steps (0: all), multiples of `keep_every` (0: none for that
+    reason), the one with the lowest `val_loss` in its info, `stable_step` (where a run can be
+    extended), the file written last (after a roll-back it is not the highest step), and at least
+    one that verifies. Only regular files with
+    our name and our comment are ever deleted, and only those count. What this process wrote or
+    verified is not hashed again.
+    """
+    ours, losses = [], {}
+    for candidate in list_checkpoints(folder):
+        with contextlib.suppress(CheckpointError):
+            loss = read_info(candidate.path).get("val_loss")
+            if not candidate.path.is_symlink():
+                ours.append(candidate)
+                if isinstance(loss, float) and math.isfinite(loss):
+                    losses[candidate.step] = loss
+    if keep_last <= 0 or len(ours) <= keep_last:
+        return []
+    keep = {c.step for c in ours[-keep_last:]}
+    keep |= {c.step for c in ours if keep_every > 0 and c.step % keep_every == 0}
+    keep |= {stable_step, max(ours, key=lambda c: c.mtime).step}
+    keep |= {min(losses, key=losses.get)} if losses else set()
+    if not any(is_known_good(c.path) for c in ours if c.step in keep):
+        whole, _ = _first_whole(ours[::-1])
+        if whole is None:
+            return []
+        keep |= {c.step for c in ours if c.path == whole}
+    warnings = []
+    for candidate in ours:
+        if candidate.step not in keep:
+            try:
+                os.unlink(candidate.path)
+            except FileNotFoundError:
+                pass
+            except OSError as e:  # never worth a training run: say it and go on
+                warnings.append(f"{candidate.path} could not be deleted: {e.strerror}")
+    return warnings
+
+
+def make_room(
+    folder, keep_last: int, keep_every: int = 0, stable_step: int | None = None
+) -> list[str]:
+    """Delete what `retain` would delete if one more checkpoint were there already, never the last
+    one; returns the names of the deleted files."""
+    before = list_checkpoints(folder)
+    retain(folder, keep_last - 1, keep_every, stable_step)
+    left = {c.step for c in list_checkpoints(folder)}
+    return [c.path.name for c in before if c.step not in left]
+
+
+# --- Folders --------------------------------------------------------------------------------------
+
+
+def validate_run_name(name: str) -> str:
+    """The name itself, or ValueError if it could be anything but one folder's name."""
+    if not RUN_NAME.fullmatch(name):
+        raise ValueError(
+            f"run name {name!r} is not allowed: use 1 to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+def run_folder(base, name: str) -> Path:
+    """`base`/`name`, which need not exist; ValueError if it leads out of `base` (a link)."""
+    folder = Path(base) / validate_run_name(name)
+    resolved, inside = folder.resolve(), Path(base).resolve()
+    if resolved == inside or not resolved.is_relative_to(inside):
+        raise ValueError(f"{folder} is a link to {resolved}, outside {inside}: remove the link")
+    return folder
+
+
+# --- The lock -------------------------------------------------------------------------------------
+
+
+class RunLock:
+    """One training run per folder: a lock on `folder`/.lock that dies with the process.
+
+    A POSIX record lock (`fcntl.lockf`), because it belongs to this process alone: a forked child (a
+    loader, a compile worker) that outlives a killed run does not go on holding it, as it would an
+    `flock`; and it works over NFS. Its one trap, that closing *any* descriptor of the file drops
+    it, is met by never opening the file again in the process that holds it. What the file says
+    is only for the message: after a crash it is stale, and the lock is free all the same.
+    """
+
+    # (process, lock file): the kernel does not exclude a process from its own locks
+    _held: ClassVar[set[tuple[int, str]]] = set()
+
+    def __init__(self):
+        self.path: Path | None = None
+        self.fd: int | None = None
+
+    def acquire(self, folder) -> "RunLock":
+        """Take the lock of `folder`; ValueError names the host and the process that have it."""
+        assert self.fd is None
+        if fcntl is None:
+            return self
+        path = Path(folder).resolve() / ".lock"
+        make_folder(path.parent)
+        if (os.getpid(), str(path)) in self._held:
+            raise ValueError(f"{folder} is in use by this very process ({os.getpid()})")
+        while True:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            except OSError as e:
+                raise ValueError(f"cannot lock {folder}: {path}: {e.strerror}") from None
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    break
+            except FileNotFoundError:
+                pass  # removed between opening and locking: what we hold is nobody's lock
+            except OSError as e:
+                if e.errno in (errno.EACCES, errno.EAGAIN):
+                    holder = self._holder(fd)
+                    os.close(fd)
+                    raise ValueError(
+                        f"{folder} is in use by {holder}: stop it or choose another --run_name"
+                    ) from None
+                os.close(fd)
+                if e.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    return self  # a file system without locks
+                raise
+            os.close(fd)
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        content["job"] = launcher()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
+        self.fd, self.path = fd, path
+        self._held.add((os.getpid(), str(path)))
+        return self
+
+    def holds(self, folder) -> bool:
+        """Whether this is the lock of `folder`."""
+        return self.path is not None and self.path.parent == Path(folder).resolve()
+
+    @staticmethod
+    def _holder(fd: int) -> str:
+        for _ in range(20):  # the holder may be about to write its name
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                content = json.loads(os.pread(fd, 4096, 0))
+                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["time"]))
+                return f"process {content['pid']} on {content['host']} (since {since})"
+            time.sleep(0.05)
+        return "another process"
+
+    def release(self) -> None:
+        """Give the lock back; the file stays, since removing it would race with the next owner."""
+        if self.fd is not None:
+            self._held.discard((os.getpid(), str(self.path)))
+            os.close(self.fd)
+            self.fd = self.path = None
+
+
+def launcher() -> str | None:
+    """What the torchrun that started this process is called, the same over all its restarts."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{run_id} {socket.gethostname()} {os.getppid()}" if run_id is not None else None
+
+
+def run_of_launcher(checkpoint_dir) -> str | None:
+    """Name of the run whose folder an earlier attempt of our torchrun claimed, if there is one."""
+    for folder in run_folders(checkpoint_dir) if launcher() else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads((folder / ".lock").read_bytes()).get("job") == launcher():
+                return folder.name
+    return None

@@ -1,0 +1,1 @@
+"""What does a person see? Console, TensorBoard, JSON lines, warnings, charts."""

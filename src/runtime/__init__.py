@@ -1,0 +1,1 @@
+"""How is this process run? Flags, plan, machine, launcher, signals, doctor."""

@@ -1,0 +1,1 @@
+"""How does text become batches? Tokenizer, corpora, shards, shuffle, loader."""

@@ -1,0 +1,1 @@
+"""What acts on tensors? Loss, optimizer, guard, generation, scoring."""
