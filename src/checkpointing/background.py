@@ -72,7 +72,9 @@ class BackgroundSaver:
                 if tensor.is_cuda and tensor.nbytes >= PINNED_FROM and _pin(copy):
                     self._pinned.append(copy)
         except RuntimeError:  # a limit that /proc does not know (ulimit -v)
-            return self._stay_synchronous(f"{words.size(needed)} of memory for a copy cannot be had")
+            return self._stay_synchronous(
+                f"{words.size(needed)} of memory for a copy cannot be had"
+            )
         self.announce(
             f"background checkpoints: {words.size(needed)} of {'pinned ' * bool(self._pinned)}"
             "memory reserved for the copy"
