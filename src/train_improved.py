@@ -1222,7 +1222,7 @@ def build(run: Run, checkpoint: dict | None):
     saver = None
     if dist.is_main:
         saver = background.BackgroundSaver(monitor.say)
-        saver.allocate(checkpoint_of(run), at_least=summary.checkpoint_bytes(run))
+        saver.allocate(checkpoint_of(run))
     return train_model, loader, saver, monitor
 
 
