@@ -671,6 +671,16 @@ def restore(run: "Run", checkpoint: dict) -> None:
         setattr(run.state, name, value)
 
 
+def make_moments(run: "Run") -> None:
+    """Let the optimizer make its moments, by an update that is skipped on the device: what a
+    checkpoint will hold is known before the first step."""
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    run.optimizer.found_inf = torch.ones((), device=run.dist.device)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
 CHECKPOINT_LAYOUT = {
     **{"model": dict, "optimizer": dict, "step": int, "run_name": str, "tokenizer": str},
     **{"config": Config, "asked": [str], "state": TrainState, "loss_scale": [torch.Tensor]},
@@ -1201,6 +1211,8 @@ def build(run: Run, checkpoint: dict | None):
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
+    if not run.optimizer.state:
+        make_moments(run)
     asked_to_compile = cfg.compile
     if cfg.compile is None:
         cfg.compile = dist.device.type == "cuda"
@@ -1272,6 +1284,8 @@ def main() -> int:
     supervisor = Supervisor(
         dist.rank, dist.world_size, dist.store, run.cfg.hang_timeout, run.cfg.max_hours
     )
+    if saver is not None:
+        saver.progress = supervisor.alive  # a long write is no hang
     code = 0
     try:
         Training(run, train_model, loader, saver, monitor, supervisor).train()
@@ -1284,7 +1298,7 @@ def main() -> int:
     loader.close()
     if saver is not None and not saver.close():
         code = 1
-        path, reason = saver.failures()[-1]
+        path, reason = saver.failure
         monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
