@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 import json
 import os
+import re
+import shlex
 import tomllib
 
 from basics import terminal
@@ -60,6 +62,13 @@ def kind_of(field) -> type:
     return getattr(field.type, "__args__", (field.type,))[0]
 
 
+def joined(words: list[str]) -> str:
+    """Several words as one text; of two or more those with blanks or quotes are quoted."""
+    if len(words) == 1:
+        return words[0]
+    return " ".join(shlex.quote(w) if re.search(r"[\s'\"\\]", w) else w for w in words)
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 
@@ -111,7 +120,7 @@ def parse_flags(config_class, description: str, argv: list[str]) -> dict:
         words = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
         parser.error(f"unrecognized argument: {' '.join(words)}{nearest(words[0], known)}")
     given = vars(namespace)
-    given = {name: " ".join(v) if isinstance(v, list) else v for name, v in given.items()}
+    given = {name: joined(v) if isinstance(v, list) else v for name, v in given.items()}
     if "config" in given:
         try:
             from_file = read_config(config_class, given["config"])
@@ -187,7 +196,7 @@ def _checked(field, value):
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if meta["several"] and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        value = " ".join(value)
+        value = joined(value)
     names = {int: "a whole number", float: "a number", str: "a text in quotes"}
     if type(value) is not kind:
         raise ValueError(f"must be {names.get(kind, 'true or false')}")

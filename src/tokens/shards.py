@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -237,14 +238,24 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
 
 
 def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction]]:
-    """ "DIR", "A:0.7 B:0.3" or a list of such -> [(folder, share)], the shares adding up to 1."""
+    """ "DIR", "A:0.7 B:0.3" or a list of such -> [(folder, share)], the shares adding up to 1.
+
+    In one text a folder with a blank in its name is quoted as in a shell: "'my books:0.7' B:0.3".
+    """
     entries = data_dir if isinstance(data_dir, list | tuple) else [str(data_dir)]
-    if len(entries) == 1 and not Path(entries[0]).exists():
-        words = entries[0].split()
-        if any(_weight(word)[1] for word in words):
-            entries = words
-    if len(entries) == 1 and (Path(entries[0]).exists() or _weight(entries[0])[1] is None):
-        return [(entries[0], Fraction(1))]
+    if len(entries) == 1:
+        (entry,) = entries
+        folder = _weight(entry)[0]
+        for whole in (entry, folder):
+            if os.path.exists(os.path.expanduser(whole)):
+                return [(os.path.expanduser(whole), Fraction(1))]
+        try:
+            words = shlex.split(entry)
+        except ValueError:  # an apostrophe
+            words = entry.split()
+        if not any(_weight(word)[1] for word in words):
+            return [(os.path.expanduser(entry), Fraction(1))]
+        entries = words
     parsed = [_weight(entry) for entry in entries]
     for entry, (folder, share) in zip(entries, parsed, strict=True):
         if not share:
@@ -260,7 +271,7 @@ def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction
 def _weight(entry: str) -> tuple[str, Fraction | None]:
     folder, colon, number = entry.rpartition(":")
     if colon and re.fullmatch(r"\d+(\.\d*)?|\.\d+", number):
-        return folder, Fraction(number)
+        return os.path.expanduser(folder), Fraction(number)
     return entry, None
 
 
