@@ -23,7 +23,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from basics.words import marked
-from runtime.flags import flag, parse_flags, to_toml
+from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line, to_toml
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
 if __name__ == "__main__":
@@ -33,6 +33,7 @@ if __name__ == "__main__":
 # The fields of Config are the flags: one place for type, default, help and unit. None means
 # "decided for you": `resolve` decides, and the start-up summary and config.json say what.
 
+SHAPE = ("n_layer", "n_head", "n_embd", "seq_len")
 PRESETS = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 128},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "seq_len": 1024},
@@ -81,180 +82,132 @@ def under_recipe(values: dict, name: str) -> dict:
 class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
 
-    recipe: str = flag(
-        "reference",
-        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
-        group="model",
-        choices=tuple(RECIPES),
-        overrides=under_recipe,
-    )
-    model: str | None = flag(
-        None,
-        "size [gpt2 on a GPU, else tiny]",
-        choices=tuple(PRESETS),
-        overrides=("n_layer", "n_head", "n_embd", "seq_len"),
-    )
-    n_layer: int | None = flag(None, "blocks [of the model]", least=1)
-    n_head: int | None = flag(None, "attention heads per block [of the model]", least=1)
-    n_embd: int | None = flag(None, "width, in channels [of the model]", least=1)
-    seq_len: int | None = flag(None, "context length, in tokens [of the model]", least=1)
-    init_from: str | None = flag(
-        None,
-        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
-        "checkpoint, latest [random ones]",
-    )
-
-    data_dir: str | None = flag(
-        None,
+    # fmt: off
+    model: str | None = flag(None, "size [gpt2 on a GPU, else tiny]",
+        group="what most runs need", choices=tuple(PRESETS), overrides=SHAPE)
+    data_dir: str | None = flag(None,
         "folder of token shards, or a mixture, a:0.7 b:0.3 "
-        "[data/fineweb_edu_10B if prepared, else a small sample corpus]",
-        group="data",
-        several=True,
-    )
-    allow_data_change: bool = flag(
-        False, "resume although the data is not what the checkpoint saw", resume="machine"
-    )
-    verify_data: bool = flag(False, "check each shard's SHA-256 before step 0", resume="machine")
+        "[data/fineweb_edu_10B if prepared, else a small sample corpus]", several=True, path=True)
+    max_steps: int | None = flag(None,
+        "steps of the whole run; wins over --epochs [from it; tiny 600; else 200 on the sample]",
+        least=1, derived_from="model epochs total_batch_size data_dir")
+    run_name: str | None = flag(None, "of the run's folders [model and time]", resume=COMMAND)
+    use_tensorboard: bool = flag(False, "log to TensorBoard", resume=COMMAND)
+    resume: str | None = flag(None,
+        "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
+        path=True, resume=COMMAND)
 
-    total_batch_size: int | None = flag(
-        None,
+    recipe: str = flag("reference",
+        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
+        group="model", choices=tuple(RECIPES), overrides=under_recipe)
+    n_layer: int | None = flag(None, "blocks [of the model]", least=1, derived_from="model")
+    n_head: int | None = flag(None, "heads per block [of the model]", least=1, derived_from="model")
+    n_embd: int | None = flag(None, "width, channels [of the model]", least=1, derived_from="model")
+    seq_len: int | None = flag(None, "context length, in tokens [of the model]",
+        least=1, derived_from="model")
+    init_from: str | None = flag(None,
+        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
+        "checkpoint, latest [random ones]", path=True)
+
+    allow_data_change: bool = flag(False, "resume although the data is not what the checkpoint saw",
+        group="data", resume=COMMAND)
+    verify_data: bool = flag(False, "check each shard's SHA-256 before step 0", resume=COMMAND)
+
+    total_batch_size: int | None = flag(None,
         "tokens per step, over all processes and micro-batches "
         "[524288; tiny 1024; else 16384 on the sample corpus]",
-        group="batch and length",
-        least=1,
-    )
-    micro_batch_size: int | None = flag(
-        None,
+        group="batch and length", least=1, derived_from="model data_dir")
+    micro_batch_size: int | None = flag(None,
         "sequences per forward pass and process [the largest that fits]",
-        resume="exact",
-        least=1,
-    )
-    epochs: float | None = flag(
-        None, "passes over the training data [5]", above=0, overrides=("max_steps",)
-    )
-    max_steps: int | None = flag(
-        None,
-        "steps of the whole run; wins over --epochs [from it; tiny 600; else 200 on the sample]",
-        least=1,
-    )
-    max_hours: float | None = flag(
-        None, "save and stop cleanly after this many hours [no limit]", resume="machine", above=0
-    )
+        least=1, derived_from="total_batch_size", resume=SAME_MACHINE, learned=False)
+    epochs: float | None = flag(None, "passes over the training data [5]",
+        above=0, derived_from="model", overrides=("max_steps",))
+    max_hours: float | None = flag(None, "save and stop cleanly after this many hours [no limit]",
+        above=0, resume=COMMAND)
     seed: int = flag(1337, "of initial weights, data order and samples")
 
-    optimizer: str = flag(
-        "adamw",
+    optimizer: str = flag("adamw",
         "adamw, or muon on the matrices inside the blocks and adamw on the rest",
-        group="optimizer",
-        choices=("adamw", "muon"),
-    )
-    max_lr: float | None = flag(
-        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]", above=0
-    )
-    min_lr: float | None = flag(
-        None, "learning rate of the last step [cosine a tenth of max_lr, else 0]"
-    )
-    schedule: str = flag(
-        "cosine",
+        group="optimizer", choices=("adamw", "muon"))
+    max_lr: float | None = flag(None,
+        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+        above=0, derived_from="model")
+    min_lr: float | None = flag(None,
+        "learning rate of the last step [cosine a tenth of max_lr, else 0]",
+        derived_from="max_lr schedule")
+    schedule: str = flag("cosine",
         "after the warm-up: cosine to min_lr, linear to it, or wsd: stable, then linear to it",
-        choices=("cosine", "linear", "wsd"),
-    )
+        choices=("cosine", "linear", "wsd"))
     decay_share: float = flag(0.2, "share of the run in which wsd decays", above=0)
-    warmup_steps: int | None = flag(
-        None, "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]"
-    )
+    warmup_steps: int | None = flag(None,
+        "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]",
+        derived_from="max_steps total_batch_size schedule")
     weight_decay: float = flag(0.1, "share of the matrices taken away at learning rate 1")
     momentum: float = flag(0.95, "decay of Muon's momentum")
     beta1: float = flag(0.9, "decay of AdamW's first moment")
     beta2: float = flag(0.95, "decay of AdamW's second moment")
     grad_clip: float = flag(1.0, "largest gradient norm applied; 0 = no clipping")
 
-    skip_spikes: bool = flag(
-        False, "skip updates whose loss is a far outlier, not only non-finite ones", group="guard"
-    )
-    spike_sigmas: float = flag(
-        6.0, "standard deviations above the last 128 losses that are far", above=0
-    )
+    skip_spikes: bool = flag(False,
+        "skip updates whose loss is a far outlier, not only non-finite ones", group="guard")
+    spike_sigmas: float = flag(6.0, "standard deviations above the last 128 losses that are far",
+        above=0)
     max_skips: int = flag(10, "skipped updates in a row before going back to a checkpoint", least=1)
     max_rollbacks: int = flag(3, "times to go back before giving up")
-    hang_timeout: float = flag(
-        900.0, "seconds without progress before a process gives up", resume="machine", above=0
-    )
+    hang_timeout: float = flag(900.0, "seconds without progress before a process gives up",
+        above=0, resume=COMMAND)
 
-    eval_freq: int = flag(250, "steps between evaluations; 0 = off", group="evaluation")
-    val_tokens: int | None = flag(
-        None, "validation tokens read each time [2097152; tiny 16384]", least=1
-    )
-    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq]")
-    hellaswag_file: str = flag(
-        "data/hellaswag/hellaswag_val.jsonl", "HellaSwag items as JSON lines"
-    )
-    sample_freq: int | None = flag(None, "steps between text samples [eval_freq]")
-    sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from")
-    sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]", least=1)
-    num_samples: int = flag(2, "samples each time", least=1)
+    eval_freq: int = flag(250, "steps between evaluations; 0 = off",
+        group="evaluation", learned=False)
+    val_tokens: int | None = flag(None, "validation tokens read each time [2097152; tiny 16384]",
+        least=1, derived_from="model data_dir", learned=False)
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq]",
+        derived_from="eval_freq", learned=False)
+    hellaswag_file: str = flag("data/hellaswag/hellaswag_val.jsonl",
+        "HellaSwag items as JSON lines", path=True, learned=False)
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq]",
+        derived_from="eval_freq", learned=False)
+    sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from",
+        learned=False)
+    sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]",
+        least=1, derived_from="sample_prompt seq_len", learned=False)
+    num_samples: int = flag(2, "samples each time", least=1, learned=False)
 
-    run_name: str | None = flag(
-        None, "of the run's folders [model and time]", group="output", resume="machine"
-    )
-    use_tensorboard: bool = flag(False, "log to TensorBoard", resume="machine")
-    tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME", resume="machine")
-    log_jsonl: bool = flag(
-        False, "log scalars to metrics.jsonl in that folder as JSON lines", resume="machine"
-    )
-    histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off")
-    checkpoint_dir: str = flag(
-        "checkpoints", "checkpoints go to this folder/RUN_NAME", resume="machine"
-    )
-    checkpoint_freq: int = flag(250, "steps between checkpoints; 0 = only at the end")
-    keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one", least=1)
-    keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off")
-    resume: str | None = flag(
-        None,
-        "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
-        resume="machine",
-    )
-    decay_from: str | None = flag(
-        None,
+    tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME",
+        group="output", path=True, resume=COMMAND)
+    log_jsonl: bool = flag(False, "log scalars to metrics.jsonl in that folder as JSON lines",
+        resume=COMMAND)
+    histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off",
+        learned=False)
+    checkpoint_dir: str = flag("checkpoints", "checkpoints go to this folder/RUN_NAME",
+        path=True, resume=COMMAND)
+    checkpoint_freq: int = flag(250, "steps between checkpoints; 0 = only at the end",
+        learned=False)
+    keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one",
+        least=1, learned=False)
+    keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off",
+        learned=False)
+    decay_from: str | None = flag(None,
         "branch off a wsd run: decay at once from this checkpoint, as a new run [do not branch]",
-        resume="machine",
-        overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"),
-    )
+        path=True, resume=COMMAND,
+        overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"))
 
-    device: str | None = flag(
-        None, "cuda, cpu or mps [the best there is]", group="machine", resume="machine"
-    )
-    dtype: str = flag(
-        "auto",
-        "precision of products; auto is bfloat16 where the device has it",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        resume="exact",
-    )
-    compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume="machine")
-    profile: bool = flag(
-        False, "write a trace of steps 4 to 6 of this command to the log folder", resume="machine"
-    )
+    device: str | None = flag(None, "cuda, cpu or mps [the best there is]",
+        group="machine", resume=COMMAND)
+    dtype: str = flag("auto", "precision of products; auto is bfloat16 where the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"), resume=SAME_MACHINE)
+    compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume=COMMAND)
+    profile: bool = flag(False, "write a trace of steps 4 to 6 of this command to the log folder",
+        resume=COMMAND)
 
-    config: str | None = flag(
-        None,
-        "TOML file of flags; the command line wins [none]",
-        group="before the run",
-        resume="machine",
-        in_file=False,
-    )
-    print_config: bool = flag(
-        False,
-        "print every flag as decided, for --config, and stop",
-        resume="machine",
-        in_file=False,
-    )
-    dry_run: bool = flag(False, "print the whole plan and stop", resume="machine", in_file=False)
-    doctor: bool = flag(
-        False,
-        "check machine and plan, measure speed, say what to fix, and stop",
-        resume="machine",
-        in_file=False,
-    )
+    config: str | None = flag(None, "TOML file of flags; the command line wins [none]",
+        group="before the run", path=True, resume=COMMAND, in_file=False)
+    print_config: bool = flag(False, "print every flag as decided, for --config, and stop",
+        resume=COMMAND, in_file=False)
+    dry_run: bool = flag(False, "print the whole plan and stop", resume=COMMAND, in_file=False)
+    doctor: bool = flag(False, "check machine and plan, measure speed, say what to fix, and stop",
+        resume=COMMAND, in_file=False)
+    # fmt: on
 
 
 def parse(*more: str) -> dict:
