@@ -55,7 +55,7 @@ def main() -> None:
     train_model, loader, saver, monitor = ti.build(run, checkpoint)
     supervisor = Supervisor()
     params = list(run.model.parameters())
-    batch = loader.next_batch(run.poll)
+    batch = loader.next_batch()
     run.state.position = loader.position
 
     def bare_step() -> float:
@@ -79,7 +79,7 @@ def main() -> None:
         first = run.state.step + 1
         run.cfg.max_steps = run.state.step + steps
         with contextlib.redirect_stdout(sys.stderr):
-            ti.train(run, train_model, loader, saver, monitor, supervisor)
+            ti.Training(run, train_model, loader, saver, monitor, supervisor).train()
         return [s for s in range(first + 1, first + steps - 1) if s % 250]
 
     everything(20)

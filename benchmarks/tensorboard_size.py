@@ -123,7 +123,7 @@ def write_run(cfg: ti.Config, floor: float = 2.9, histograms_of: MadeUpModel | N
         norm = 3.0 if state.step < cfg.warmup_steps else 0.3 * noise.lognormvariate(0, 0.3)
         lr = ti.learning_rate(state.step, cfg)
         norms = []
-        if health.look_due(state.step):
+        if health.check_due(state.step):
             norms = [2e-3 * lr / cfg.max_lr * noise.uniform(0.5, 1) for _ in weights] + weights
         monitor.step(run, loss, norm, False, lr, seconds, norms)
         if ti.due(cfg.histogram_freq, state, cfg) or (cfg.histogram_freq and state.step == 1):

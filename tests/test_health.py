@@ -67,7 +67,7 @@ class Series:
                 bad,
                 lr,
                 seconds * (1 + 0.05 * noise),
-                [*updates, *self.weights] if health.look_due(step) else [],
+                [*updates, *self.weights] if health.check_due(step) else [],
             )
             if step % cfg.eval_freq == 0:
                 said += self.evaluate()

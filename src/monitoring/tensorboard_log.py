@@ -488,6 +488,11 @@ class TensorBoardLog:
             self._pending = [_start_record(first_step)]
             self._stop(error)
 
+    def rewind(self, first_step: int) -> None:
+        """Go on at first_step, after a roll-back: points of that step and later disappear."""
+        self.close()
+        self.__init__(self.log_dir, first_step, self.announce, self.retry_every)
+
     def _set_earlier_attempt_aside(self) -> None:
         earlier = [path for path in _event_files(self.log_dir) if path.stat().st_size]
         for path in earlier:
