@@ -15,6 +15,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import dataclasses
 import difflib
 import html
 import itertools
@@ -241,13 +242,6 @@ def read_record(folder: Path) -> dict:
 
 # --- Comparison -----------------------------------------------------------------------------------
 
-# Flags that cannot change what is learned: not in legends.
-NOT_HYPER = (
-    "run_name resume use_tensorboard tensorboard_dir checkpoint_dir checkpoint_freq "
-    "keep_checkpoints keep_every dry_run verify_data allow_data_change hang_timeout max_hours "
-    "histogram_freq eval_freq hellaswag_freq hellaswag_file sample_freq sample_prompt "
-    "sample_tokens num_samples"
-).split()
 IN_LEGEND = 4  # hyperparameters
 IN_CHARTS = 14  # runs: more are only in tables and CSV
 
@@ -266,12 +260,15 @@ def show(value) -> str:
 def differing(runs: list[Run]) -> list[str]:
     """Names of the hyperparameters that differ between the runs, without those that follow from
     others: what somebody asked for, if the runs say what that was."""
+    from train_improved import Config  # loads torch, as reading the events has
+
+    not_hyper = {f.name for f in dataclasses.fields(Config) if not f.metadata["learned"]}
     known = [run for run in runs if run.params]
     names = list(dict.fromkeys(name for run in known for name in run.params))
     names = [
         name
         for name in names
-        if name not in NOT_HYPER and len({show(run.params.get(name)) for run in known}) > 1
+        if name not in not_hyper and len({show(run.params.get(name)) for run in known}) > 1
     ]
     asked = {"model"}.union(*(run.record.get("asked", ()) for run in known))
     names = [name for name in names if name in asked] or names

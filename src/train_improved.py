@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from basics.inputs import about, wrong
 from basics.words import marked
 from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line, to_toml
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
@@ -210,13 +211,13 @@ class Config:
     # fmt: on
 
 
-def parse(*more: str) -> dict:
-    """The flags that were given, {name: value}; exit code 2 and a sentence for a wrong one."""
-    return parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], [*sys.argv[1:], *more])
+def read_flags() -> CommandLine:
+    """Read the command line and its file, once; exit code 2 and a sentence for what is wrong."""
+    return read_command_line(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
 
 
-if __name__ == "__main__":
-    parse()  # PyTorch takes a second or more to load: --help and typing errors do not wait for it
+# PyTorch takes a second or more to load: --help and typing errors do not wait for it.
+COMMAND_LINE = read_flags() if __name__ == "__main__" else None
 
 # Threads that wait should sleep, not spin: with anything else running on the machine a CPU step is
 # 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
@@ -232,19 +233,12 @@ from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
-from runtime import launch, machine
-from runtime.planning import (
-    build_sample_corpus,
-    find_checkpoint,
-    merge_config,
-    plan_decay,
-    preflight,
-    validate,
-)
+from runtime import flags, launch, machine, planning
+from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
-from tokens.stream import WindowSource, open_source
+from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
 from training import muon, scoring
 from training.chunked_loss import chunked_cross_entropy, next_token_losses
@@ -255,7 +249,7 @@ from training.guard import Guard, GuardGaveUp, LossScale
 
 
 def resolve_model(cfg: Config, device: str) -> None:
-    """Fill in what follows from the model's size, the device and the data there is."""
+    """Decide what follows from the model's size, the device and the data there is."""
     cfg.model = cfg.model or ("gpt2" if device == "cuda" else "tiny")
     if cfg.data_dir is None:
         cfg.data_dir = FINEWEB_DIR if Path(FINEWEB_DIR, "manifest.json").exists() else SAMPLE_DIR
@@ -283,13 +277,16 @@ def resolve_model(cfg: Config, device: str) -> None:
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
 
 
-def resolve_init(cfg: Config, given: dict, dist: "Distributed") -> dict:
-    """Of --init_from: take its shape, return its weights, {} on ranks other than 0."""
+def resolve_init(cfg: Config, flags_now: dict, dist: "Distributed") -> dict:
+    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
     weights = {}
 
     def read():
-        preset = PRESETS.get(given.get("model"), {})
-        shape, found = pretrained.for_training(cfg.init_from, given, preset, cfg.checkpoint_dir)
+        preset = PRESETS.get(flags_now.get("model"), {})
+        with about("init_from", cfg.init_from):
+            shape, found = pretrained.for_training(
+                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
+            )
         weights.update(found)
         return shape
 
@@ -300,14 +297,17 @@ def resolve_init(cfg: Config, given: dict, dist: "Distributed") -> dict:
     return weights
 
 
-def resolve_length(cfg: Config, train_tokens: int) -> None:
-    """Fill in what follows from the amount of data."""
+def resolve_length(cfg: Config, train_tokens: int, step: int = 0, seen: int = 0) -> None:
+    """Decide what follows from the amount of data, of which `seen` tokens are behind `step`."""
     if cfg.max_steps is None:
-        cfg.max_steps = int(cfg.epochs * (train_tokens // cfg.total_batch_size))
+        steps = cfg.epochs * (train_tokens // cfg.total_batch_size) - seen / cfg.total_batch_size
+        cfg.max_steps = step + int(min(max(steps, 0), flags.BELOW / 2))
         if cfg.max_steps == 0:
-            raise ValueError(
-                f"--epochs {cfg.epochs:g}: {train_tokens:,} training tokens are less than one step "
-                f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
+            raise wrong(
+                "epochs",
+                f"{cfg.epochs:g}",
+                f"{train_tokens:,} training tokens are less than one step of --total_batch_size "
+                f"{cfg.total_batch_size}; use a smaller batch or more data",
             )
     if cfg.warmup_steps is None:
         longest = cfg.max_steps // 10
@@ -556,7 +556,8 @@ class TrainState:
     """All that a resume needs beside weights, optimizer and random numbers; plain values only."""
 
     step: int = 0  # finished updates
-    position: int = 0  # windows of training data consumed
+    position: int = 0  # windows of this training data consumed
+    tokens: int = 0  # in the finished updates, of whatever batch size and data
     evaluated_step: int = -1  # last step whose evaluation is complete and logged
     validation_loss: float = math.inf  # of the last evaluation
     best_loss: float = math.inf
@@ -569,6 +570,7 @@ class TrainState:
     total_seconds: float = 0.0  # since the very first start, while a process was running
     device_seconds: float = 0.0  # the same times the number of processes
     watt_seconds: float = 0.0  # energy of the devices, where they report it
+    changes: list = dataclasses.field(default_factory=list)  # by resumes, that changed learning
     health_memory: dict = dataclasses.field(default_factory=health.new_memory)
     health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
 
@@ -583,7 +585,7 @@ def checkpoint_of(run: "Run") -> dict:
         "optimizer": run.optimizer.state_dict(),
         "step": run.state.step,
         "config": dataclasses.asdict(run.cfg),
-        "asked": sorted(run.asked),
+        "asked": sorted(run.flags_ever_given),
         "state": dataclasses.asdict(run.state),
         "rng": rng,
         "loss_scale": [run.loss_scale.scale, run.loss_scale.good_steps],
@@ -596,6 +598,8 @@ def checkpoint_of(run: "Run") -> dict:
 
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
+    vars(run.state).update(vars(state_of(checkpoint, run.cfg, run.train_data)))
+    run.state.changes += [change for change in run.changes if change not in run.state.changes]
     run.model.load_state_dict(checkpoint["model"])
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -611,10 +615,25 @@ def restore(run: "Run", checkpoint: dict) -> None:
     torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
     if device.type == "cuda" and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
-    for name, value in checkpoint["state"].items():
+
+
+def state_of(checkpoint: dict, cfg: Config, train_data: WindowSource) -> TrainState:
+    """Return what is past. What was found on other data than this run's begins anew."""
+    saved = {"tokens": checkpoint["step"] * checkpoint["config"]["total_batch_size"]}
+    saved |= checkpoint["state"]  # in older ones without "tokens"
+    state = TrainState()
+    for name, value in vars(state).items():
         if name.startswith("health_"):  # of another version, or forged: what is known counts
-            value = getattr(TrainState(), name) | value
-        setattr(run.state, name, value)
+            setattr(state, name, value | saved.get(name, {}))
+        else:
+            setattr(state, name, saved.get(name, value))
+    if checkpoint["config"]["val_tokens"] != cfg.val_tokens:
+        state.best_loss = math.inf
+    if checkpoint["data"]["fingerprint"] != train_data.fingerprint:
+        state.position, state.recent_losses = 0, []
+        state.validation_loss = state.best_loss = math.inf
+        state.health_memory = health.new_memory()
+    return state
 
 
 CHECKPOINT_LAYOUT = {
@@ -716,7 +735,7 @@ class Run:
     """What the parts of a run share."""
 
     cfg: Config
-    asked: set[str]  # names of the flags that were given, now or when the run began
+    flags_ever_given: set[str]  # names: by this command, or by those before it
     dist: Distributed
     train_data: WindowSource
     val_data: WindowSource
@@ -727,6 +746,7 @@ class Run:
     loss_scale: LossScale | None = None
     state: TrainState = dataclasses.field(default_factory=TrainState)
     resumed_from: Path | None = None
+    changes: list = dataclasses.field(default_factory=list)  # of this resume, that change learning
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
@@ -907,6 +927,7 @@ class Training:
             metrics.append(norms.measure())
         self.in_flight = InFlight(torch.cat(metrics), lr, limit, first_window=state.position)
         state.position = self.loader.position
+        state.tokens += cfg.total_batch_size
         if self.in_flight.arrived is None:
             self.read_last_metrics()  # nothing runs behind the host's back
         self.watch.step(state.step)
@@ -955,7 +976,11 @@ class Training:
         self.saver.save(
             path,
             checkpoint_of(run),
-            info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
+            info={
+                "step": state.step,
+                "val_loss": state.validation_loss if evaluated else None,
+                "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # that the loss is of
+            },
             on_done=written,
             on_full=lambda: run_folders.make_room(folder, *retention),
         )
@@ -1006,86 +1031,66 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
 # --- Set-up ---------------------------------------------------------------------------------------
 
 
-def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
-    """From flags to a run whose every default is decided; nothing is written but the sample corpus.
+def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
+    """Decide everything that a run needs -> (the run, the checkpoint it goes on from, if any).
 
-    ValueError for whatever the user has to change.
+    Nothing is written but the sample corpus. Raise ValueError for what the user has to change.
     """
-    options = Config(**given)  # for the flags that must be known before the checkpoint is
-    checkpoint_dir = Path(options.checkpoint_dir)
-    if options.run_name is not None:
-        run_folders.validate_run_name(options.run_name)
-    begun = None  # by an earlier attempt of this torchrun (--max-restarts)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        begun = dist.on_main(lambda: run_folders.run_of_launcher(checkpoint_dir))
-    name = begun or options.run_name
-    if options.decay_from:
-        if options.resume not in (None, "auto"):
-            raise ValueError(
-                f"--resume {options.resume}: --decay_from says where to begin, give only that"
-            )
-        branched = Path(options.decay_from)
-        source = branched.resolve().parent
-        name = name or f"{source.name}-{branched.stem}-decayed"
-        if (checkpoint_dir / name).resolve() == source:
-            raise ValueError(f"--run_name {name}: is the run itself, give the branch another name")
-    path = dist.on_main(
-        lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
-    )
-    branches_off = path is None and options.decay_from is not None
-    if branches_off:
-        path = Path(options.decay_from)
-    checkpoint = load_checkpoint(path) if path is not None else None
-    if branches_off:
-        saved = Config(**checkpoint["config"])
-        given = given | plan_decay(given, saved, checkpoint["step"], last_stable_step(saved))
-    elif options.decay_from:  # goes on with the branch, which was planned when it began
-        given = {k: v for k, v in given.items() if k not in ("max_steps", "decay_share")}
-    if checkpoint is None:
-        given = RECIPES[options.recipe]["flags"] | given
+    # From where: afresh, from a checkpoint, or as a branch of one.
+    early = Config(**flags_now)  # for what must be known before the checkpoint is
+    start, checkpoint = planning.find_start(early, dist.on_main), None
+    if start.path is not None:
+        with about(*start.flag):
+            checkpoint = load_checkpoint(start.path)
+        saved, _ = flags.merge(Config, {}, checkpoint["config"], {*checkpoint["asked"]}, True)
+        stable = last_stable_step(saved)
+        flags_now = planning.of_branch(start, flags_now, saved, checkpoint["step"], stable)
 
-    cfg, changes = merge_config(
-        Config, PRESETS, given, checkpoint, dist.device.type, dist.world_size
-    )
+    # What: flags over the checkpoint, or over the recipe, over defaults.
+    cfg, flags_ever_given = Config(**RECIPES[early.recipe]["flags"] | flags_now), {*flags_now}
+    if checkpoint is not None:
+        device_type = dist.device.type
+        cfg, flags_ever_given = merge_config(
+            Config, PRESETS, flags_now, checkpoint, device_type, dist.world_size
+        )
     weights = {}
     if cfg.init_from and checkpoint is None:
-        weights = resolve_init(cfg, given, dist)
+        weights = resolve_init(cfg, flags_now, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
-    cfg.run_name = name or (checkpoint and checkpoint["run_name"])
     new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    cfg.run_name = start.run_name or (checkpoint and checkpoint["run_name"])
     cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
-    if cfg.data_dir == SAMPLE_DIR:
-        dist.on_main(lambda: build_sample_corpus(SAMPLE_DIR))
-    train_data = open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
-    val_data = open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
-    if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
-        if not cfg.allow_data_change:
-            raise ValueError(
-                f"--data_dir {cfg.data_dir}: {train_data.num_tokens:,} tokens with fingerprint "
-                f"{train_data.fingerprint}, but the checkpoint saw "
-                f"{checkpoint['data']['tokens']:,} with {checkpoint['data']['fingerprint']}; give "
-                "that folder, or --allow_data_change"
-            )
-        changes.append("training data: another set (--allow_data_change)")
-    resolve_length(cfg, train_data.num_tokens)
-    validate(cfg, dist.world_size)
-    if checkpoint and cfg.max_steps < checkpoint["step"]:
-        raise ValueError(
-            f"--max_steps {cfg.max_steps}: the checkpoint {path} is already at step "
-            f"{checkpoint['step']}; give a larger number"
-        )
-    if cfg.verify_data:
-        dist.on_main(lambda: shards.verify(cfg.data_dir))
 
-    items = []
-    if cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists():
-        items = scoring.load_items(cfg.hellaswag_file)
+    # On which data, and for how long.
+    if cfg.data_dir == SAMPLE_DIR:
+        dist.on_main(lambda: planning.build_sample_corpus(SAMPLE_DIR))
+    train_data, val_data = planning.open_data(cfg)
+    state = TrainState()
+    if checkpoint is not None:
+        if planning.is_other_data(cfg, checkpoint["data"], train_data):
+            for name in flags.derived(Config, {"data_dir"}, flags_ever_given):
+                setattr(cfg, name, None)
+            resolve_model(cfg, dist.device.type)
+        state = state_of(checkpoint, cfg, train_data)
+        if state.step >= saved.warmup_steps and cfg.warmup_steps is None:
+            cfg.warmup_steps = saved.warmup_steps  # it is over and does not come again
+    resolve_length(cfg, train_data.num_tokens, state.step, state.position * cfg.seq_len)
+    validate(cfg, dist.world_size)
+    with about("hellaswag_file", cfg.hellaswag_file):
+        items = planning.hellaswag_items(cfg)
     cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
     dtype = getattr(torch, cfg.dtype)
-    asked = set(given) | set(checkpoint["asked"] if checkpoint else ())
-    run = Run(cfg, asked, dist, train_data, val_data, items, dtype, resumed_from=path)
+    run = Run(cfg, flags_ever_given, dist, train_data, val_data, items, dtype, state=state)
+    run.resumed_from = start.path
     run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
+    run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    planning.check_length(run, SAMPLE_DIR)
+    if cfg.verify_data:
+        with about("data_dir", cfg.data_dir):
+            dist.on_main(lambda: shards.verify(cfg.data_dir))
+
+    # The model, and how much of a batch fits at a time.
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
@@ -1100,39 +1105,57 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
                 run.model, sequences, dist.device, dtype, dist.world_size, run.autocast
             )
         )
-    if dist.is_main:
-        if path is not None:
-            print(f"resuming from {path}, step {checkpoint['step']:,}")
-        for change in changes:
-            print(f"  changed since the checkpoint: {change}")
-    run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    if checkpoint is not None:
+        planning.say_changes(run, checkpoint, flags_now)
     return run, checkpoint
 
 
-def print_config(given: dict, dist: Distributed) -> int:
-    """Every flag as decided, as TOML on stdout; what else is said goes to stderr."""
+def print_config(flags_now: dict, dist: Distributed) -> int:
+    """Print every flag as decided, as TOML on stdout; what else is said goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
-        run, _ = set_up(given | {"dry_run": True}, dist)
+        run, _ = set_up(flags_now | {"dry_run": True}, dist)
     if dist.is_main:
-        decided = dataclasses.replace(run.cfg, run_name=given.get("run_name"))
-        print(to_toml(decided, "every flag as decided here; --config reads it"), end="")
+        decided = dataclasses.replace(run.cfg, run_name=flags_now.get("run_name"))
+        title = "for --config; in comments what is decided anew where this is read"
+        print(to_toml(decided, run.flags_ever_given, title), end="")
     dist.leave()
     return 0
 
 
-def compare_recipes(run: Run) -> dict[str, tuple[Config, float]]:
-    """This command's plan under each recipe, and its hours at a speed that is measured now."""
+def compare_recipes(run: Run, command: CommandLine) -> dict[str, tuple[Config, float]]:
+    """Return this command's plan under each recipe, and its hours at a speed measured now."""
     speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
     plans = {}
     for name, recipe in RECIPES.items():
-        found = ("model", "n_layer", "n_head", "n_embd", "seq_len", "data_dir")
-        found = {key: getattr(run.cfg, key) for key in found}
-        cfg = Config(**(recipe["flags"] | parse("--recipe", name) | found))
+        found = {key: getattr(run.cfg, key) for key in ("model", *SHAPE, "data_dir")}
+        cfg = Config(**(recipe["flags"] | command.values(recipe=name) | found))
         resolve_model(cfg, run.dist.device.type)
         resolve_length(cfg, run.train_data.num_tokens)
         tokens = cfg.max_steps * cfg.total_batch_size
         plans[name] = cfg, tokens / (speed * run.dist.world_size) / 3600
     return plans
+
+
+def distributed(flags_now: dict) -> Distributed:
+    return Distributed(flags_now.get("device"), flags_now.get("hang_timeout", Config.hang_timeout))
+
+
+def examine(flags_now: dict) -> int:
+    """Hand the doctor what it must plan and try -> exit code."""
+    from runtime import doctor
+
+    def plan(**changes) -> Run:
+        return set_up(flags_now | changes | {"dry_run": True}, distributed(flags_now))[0]
+
+    def new_model(cfg: Config) -> tuple[GPT, torch.optim.Optimizer]:
+        model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+        return model, make_optimizer(model, cfg)
+
+    reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
+    program = doctor.Program(
+        Config(**flags_now), plan, new_model, forward_backward, reference, SAMPLE_DIR
+    )
+    return doctor.examine(program)
 
 
 def build(run: Run, checkpoint: dict | None):
@@ -1172,36 +1195,35 @@ def build(run: Run, checkpoint: dict | None):
     return train_model, loader, saver, monitor
 
 
-def main() -> int:
+def main(command: CommandLine | None = None) -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
-    given = parse()
-    if given.get("doctor"):
-        from runtime import doctor
-
-        return doctor.examine(given, sys.modules[__name__])
-    dist = None
+    command = command or read_flags()
+    flags_now, dist = command.values(), None
     try:
         launch.adopt_slurm(os.environ)
-        dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
-        if given.get("print_config"):
-            return print_config(given, dist)
-        run, checkpoint = set_up(given, dist)
+        if flags_now.get("doctor"):
+            return examine(flags_now)
+        dist = distributed(flags_now)
+        if flags_now.get("print_config"):
+            return print_config(flags_now, dist)
+        run, checkpoint = set_up(flags_now, dist)
         if dist.is_main:
             print(summary.plan(run), flush=True)
         if run.cfg.dry_run:
             if dist.is_main and checkpoint is None:
-                print(f"\n{summary.recipes(compare_recipes(run))}", flush=True)
+                print(f"\n{summary.recipes(compare_recipes(run, command))}", flush=True)
             if dist.is_main:
-                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, given)}")
+                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, flags_now)}")
             dist.leave()
             return 0
-        dist.on_main(lambda: preflight(run, checkpoint))
+        dist.on_main(lambda: planning.preflight(run, checkpoint))
         train_model, loader, saver, monitor = build(run, checkpoint)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
-        print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
+        for line in str(error).splitlines():
+            print(marked(f"error: {line}", sys.stderr), file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not is_lost_peer(error):
@@ -1233,10 +1255,11 @@ def main() -> int:
         monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
-    monitor.say(summary.farewell(run, finished, last_stable_step(run.cfg)))
+    again = planning.next_command(run, command, finished, last_stable_step(run.cfg))
+    monitor.say(summary.farewell(run, finished, again))
     supervisor.leave(code)
     return code
 
 
 if __name__ == "__main__":
-    end(main())
+    end(main(COMMAND_LINE))

@@ -37,8 +37,8 @@ def about(name: str, value):
     """Say of --name what goes wrong inside, unless that speaks of a flag already."""
     try:
         yield
-    except ValueError as error:
-        text = str(error)
+    except (ValueError, OSError) as error:
+        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
         if text.startswith("--"):
             raise
         for begin in (f"{value}: ", f"{value} "):

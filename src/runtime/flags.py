@@ -326,7 +326,7 @@ def merge(config_class, given: dict, saved: dict, asked: set, same_machine: bool
 
 
 def derived(config_class, changed: set[str], asked: set[str]) -> set[str]:
-    """Return the names of what follows from the changed flags, near or far, and nobody asked for."""
+    """Return the names of what nobody asked for and follows from the changed flags, near or far."""
     fields = [f for f in dataclasses.fields(config_class) if f.name not in asked]
     found = set(changed)
     while more := {f.name for f in fields if f.metadata["derived_from"] & found} - found:
@@ -335,7 +335,7 @@ def derived(config_class, changed: set[str], asked: set[str]) -> set[str]:
 
 
 def changes(config, saved: dict, given) -> list[tuple[str, bool]]:
-    """Return [(what a resume changes of the saved configuration, whether that changes learning)]."""
+    """Return [(what a resume changes of the saved configuration, does it change learning)]."""
     found = []
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -352,7 +352,7 @@ def _plain(value) -> str:
 
 
 def check_ranges(config) -> None:
-    """Raise ValueError with a line for each number that is out of range; None is not decided yet."""
+    """Raise ValueError with a line for each number that is out of range; None passes."""
     found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -5,17 +5,19 @@ change. The defaults themselves are in train_improved.py.
 """
 
 import os
+import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from basics import durable, inputs
 from basics.words import marked
 from checkpointing import files, run_folders
 from monitoring import summary
-from runtime import flags
+from runtime import flags, launch
 from tokens import sample_text, tokenizer
 from tokens.stream import open_source
+from training import scoring
 
 SAMPLE_EPOCHS = 10  # of the sample corpus; beyond that a model learns it by heart
 
@@ -28,6 +30,7 @@ class Start:
 
     run_name: str | None  # as far as it is known before the checkpoint is
     path: Path | None = None  # of the checkpoint; None: a fresh start
+    flag: tuple[str, str] | None = None  # (name, value) that says so
     branches_off: bool = False  # by --decay_from, now
 
 
@@ -55,8 +58,9 @@ def find_start(early, on_main) -> Start:
             raise inputs.wrong("run_name", name, problem)
     path = on_main(lambda: find_checkpoint(early.resume, name, folder, begun is not None))
     if path is None and early.decay_from:
-        return Start(name, Path(early.decay_from), branches_off=True)
-    return Start(name, path)
+        flag = ("decay_from", early.decay_from)
+        return Start(name, Path(early.decay_from), flag, branches_off=True)
+    return Start(name, path, ("resume", early.resume))
 
 
 def find_checkpoint(
@@ -86,6 +90,15 @@ def find_checkpoint(
         came_to, named = (files.read_info(p).get("step", 0) for p in (path, resume))
         return path if came_to > named else Path(resume)
     return Path(resume) if by_path else path
+
+
+def of_branch(start: Start, given: dict, saved, step: int, last_stable: int | None) -> dict:
+    """Return the flags of this command with those that --decay_from decides."""
+    if start.branches_off:
+        return given | plan_decay(given, saved, step, last_stable)
+    if "decay_from" in given:  # goes on with the branch, which was planned when it began
+        return {k: v for k, v in given.items() if k not in ("max_steps", "decay_share")}
+    return given
 
 
 def plan_decay(given: dict, saved, step: int, last_stable: int | None) -> dict:
@@ -118,8 +131,6 @@ def plan_decay(given: dict, saved, step: int, last_stable: int | None) -> dict:
 
 # --- Flags and checkpoint -------------------------------------------------------------------------
 
-SAVED_BEFORE = {"optimizer": "adamw", "recipe": "reference"}  # what old checkpoints do not say
-
 
 def merge_config(
     config_class, presets: dict, given: dict, checkpoint: dict, device: str, world_size: int
@@ -128,10 +139,10 @@ def merge_config(
 
     ValueError for a flag that asks for another model than the checkpoint holds.
     """
-    saved = SAVED_BEFORE | checkpoint["config"]
-    preset = presets.get(given.get("model"), {})
+    saved, preset = checkpoint["config"], presets.get(given.get("model"), {})
     for name in ("recipe", "optimizer", "init_from", *presets["gpt2"]):
-        asked, there = given.get(name, preset.get(name, saved.get(name))), saved.get(name)
+        there = saved.get(name, getattr(config_class, name))  # the default: older than the flag
+        asked = given.get(name, preset.get(name, there))
         if asked != there:
             model = "--model and " if name in presets["gpt2"] else ""
             raise inputs.wrong(
@@ -190,7 +201,9 @@ def validate(cfg, world_size: int) -> None:
 def open_data(cfg):
     """Return (training windows, validation windows) of --data_dir."""
     with inputs.about("data_dir", cfg.data_dir):
-        return [open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed) for split in ("train", "val")]
+        return [
+            open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed) for split in ("train", "val")
+        ]
 
 
 def build_sample_corpus(folder: str) -> None:
@@ -205,7 +218,7 @@ def build_sample_corpus(folder: str) -> None:
         sample_text.sample_corpus(folder)
 
 
-def check_other_data(cfg, seen: dict, data) -> bool:
+def is_other_data(cfg, seen: dict, data) -> bool:
     """Return whether the data is not what the checkpoint saw; ValueError unless that is allowed."""
     if seen["fingerprint"] == data.fingerprint:
         return False
@@ -241,18 +254,72 @@ def check_length(run, sample_dir: str) -> None:
         )
 
 
-def preflight(run, checkpoint: dict | None) -> None:
-    """Claim the output folders and try them, before anything expensive. For rank 0."""
-    cfg = run.cfg
-    folder = run.checkpoint_folder
-    log_folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+def hellaswag_items(cfg) -> list[scoring.Item]:
+    """Return what there is to score on; [] where that is off or the file is not there."""
+    there = cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists()
+    return scoring.load_items(cfg.hellaswag_file) if there else []
+
+
+def say_changes(run, checkpoint: dict, given: dict) -> None:
+    """Say where a run goes on and what is different now; keep what changes learning in the run."""
+    state = run.state
+    changes = flags.changes(run.cfg, checkpoint["config"], given)
+    if checkpoint["data"]["fingerprint"] != run.train_data.fingerprint:
+        text = "training data: another set (--allow_data_change), from its beginning; the best "
+        changes.append((f"{text}validation loss begins anew", True))
+    run.changes = [f"step {state.step}: {text}" for text, learned in changes if learned]
+    if run.dist.is_main:
+        print(f"resuming from {run.resumed_from}, step {state.step:,}: {summary.history(run)}")
+        for change in state.changes:
+            print(f"  changed earlier, at {change}")
+        for text, _ in changes:
+            print(f"  changed since the checkpoint: {text}")
+
+
+def next_command(run, command: flags.CommandLine, finished: bool, last_stable: int | None) -> str:
+    """Return what to type to go on: the same command, with --resume; "" if that cannot be said.
+
+    last_stable: of a wsd run, the step whose checkpoint a longer run goes on from.
+    """
+    cfg, typed = run.cfg, dict(command.typed)
+    if "config" in typed and not Path(typed["config"]).is_file():  # a pipe: it was read
+        of_command = [f for f in fields(cfg) if f.metadata["resume"] == flags.COMMAND]
+        in_file = command.in_file
+        typed = {f.name: in_file[f.name] for f in of_command if f.name in in_file} | typed
+        del typed["config"]
+    typed |= {"resume": "auto" if "decay_from" in typed else "latest", "run_name": cfg.run_name}
+    if finished:
+        for name in ("decay_from", "decay_share", "epochs"):
+            typed.pop(name, None)
+        typed |= {"resume": "latest", "max_steps": 2 * cfg.max_steps}
+        stable = files.step_path(run.checkpoint_folder, last_stable or 0)
+        if last_stable and stable.exists():
+            name = f"{cfg.run_name}-longer"
+            typed |= {"resume": os.path.relpath(stable), "run_name": name}
+    elif not run_folders.list_checkpoints(run.checkpoint_folder):
+        return "the same command again, nothing is saved yet"
+    script = Path(__file__).parents[1] / "train_improved.py"
+    typed = flags.words(typed, type(cfg))
+    return shlex.join([*launch.start_words(os.environ), os.path.relpath(script), *typed])
+
+
+def check_unused(run) -> list[files.Info]:
+    """Return the checkpoints of the run's name; ValueError where they are not of this run."""
+    cfg, folder = run.cfg, run.checkpoint_folder
     existing = run_folders.list_checkpoints(folder)
     if existing and not run.resumes_own_name:
         problem = f"{folder} holds checkpoints up to step {existing[-1].step} already; go on with "
         problem += "--resume latest"
         if cfg.resume == "auto":
             problem = f"none of the checkpoints in {folder} is whole; move them away"
-        raise ValueError(f"--run_name {cfg.run_name}: {problem}, or choose another name")
+        raise inputs.wrong("run_name", cfg.run_name, f"{problem}, or choose another name")
+    return existing
+
+
+def preflight(run, checkpoint: dict | None) -> None:
+    """Claim the output folders and try them, before anything expensive. For rank 0."""
+    cfg, folder, existing = run.cfg, run.checkpoint_folder, check_unused(run)
+    log_folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
         with inputs.about(name, getattr(cfg, name)):
