@@ -60,7 +60,7 @@ def find_start(early, on_main) -> Start:
     if path is None and early.decay_from:
         flag = ("decay_from", early.decay_from)
         return Start(name, Path(early.decay_from), flag, branches_off=True)
-    return Start(name, path, ("resume", early.resume))
+    return Start(name, path, ("resume", early.resume or path))
 
 
 def find_checkpoint(
