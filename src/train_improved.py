@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from basics import terminal
 from basics.inputs import about, wrong
-from basics.words import marked
 from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line, to_toml
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
@@ -1201,6 +1201,7 @@ def main(command: CommandLine | None = None) -> int:
     flags_now, dist = command.values(), None
     try:
         launch.adopt_slurm(os.environ)
+        launch.check_environment(os.environ)
         if flags_now.get("doctor"):
             return examine(flags_now)
         dist = distributed(flags_now)
@@ -1222,8 +1223,7 @@ def main(command: CommandLine | None = None) -> int:
     except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
-        for line in str(error).splitlines():
-            print(marked(f"error: {line}", sys.stderr), file=sys.stderr)
+        terminal.print_error(error)
         return 2
     except RuntimeError as error:
         if not is_lost_peer(error):

@@ -15,8 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_improved as ti
-from conftest import SCRIPT, run, start
-from monitoring import tensorboard_log
+from conftest import SCRIPT, read_scalars, run, start
 from tokens import stream
 
 CONTRACT = [
@@ -35,7 +34,7 @@ def logged(folder) -> dict:
     """{tag: [(step, value), ...]} of all that is not a time, as TensorBoard's reader sees it."""
     return {
         tag: [(step, value) for step, value, _ in points]
-        for tag, points in tensorboard_log.read_scalars(folder).items()
+        for tag, points in read_scalars(folder).items()
         if not tag.startswith(TIMES)
     }
 
@@ -132,7 +131,7 @@ def test_losses_are_those_of_a_plain_loop(whole, data):
 def test_every_tag_of_the_contract_at_every_step(whole):
     scalars = logged(whole[0] / "runs" / "a") | {
         tag: [(s, v) for s, v, _ in points]
-        for tag, points in tensorboard_log.read_scalars(whole[0] / "runs" / "a").items()
+        for tag, points in read_scalars(whole[0] / "runs" / "a").items()
     }
     for tag in CONTRACT:
         steps = [step for step, _ in scalars[tag]]

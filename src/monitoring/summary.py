@@ -11,14 +11,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from basics import durable, host, inputs
+from basics import durable, host, inputs, words
 from checkpointing import run_folders
 from training import memory as step_memory
 
@@ -234,14 +234,11 @@ def store_config(run, folder: Path) -> str | None:
         "train_tokens": run.train_data.num_tokens,
         "data_fingerprint": run.train_data.fingerprint,
     }
-    partial = folder / "config.json.partial"
     try:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.replace(folder / "config.json")
+        durable.write(folder / "config.json", json.dumps(record, indent=2).encode() + b"\n")
     except OSError as error:
         if error.errno not in durable.DISK_FULL:
             raise
-        partial.unlink(missing_ok=True)
         return f"{folder / 'config.json'} could not be written: {error.strerror}"
     return None
 
@@ -251,7 +248,7 @@ def history(run) -> str:
     state, parts = run.state, []
     epochs = state.position / run.train_data.num_windows
     parts.append(f"{state.tokens:,} tokens ({epochs:.2f} epochs of this data)")
-    parts.append(f"{format_seconds(state.train_seconds)} of training")
+    parts.append(f"{words.duration(state.train_seconds)} of training")
     if state.watt_seconds:
         parts.append(f"{state.watt_seconds / 3.6e6:.3g} kWh")
     if math.isfinite(state.best_loss):
@@ -268,7 +265,7 @@ def farewell(run, finished: bool, command: str) -> str:
     energy = f", {state.watt_seconds / 3.6e6:.3g} kWh" if state.watt_seconds else ""
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
-        f"after {format_seconds(state.train_seconds)} of training{energy}{loss}",
+        f"after {words.duration(state.train_seconds)} of training{energy}{loss}",
         f"checkpoints   {run.checkpoint_folder}",
     ]
     if cfg.use_tensorboard:
@@ -276,10 +273,3 @@ def farewell(run, finished: bool, command: str) -> str:
         rows.append(f"watch         tensorboard --logdir={inputs.shown(cfg.tensorboard_dir)}")
     rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
     return "\n".join(rows)
-
-
-def format_seconds(seconds: float) -> str:
-    """90061 -> "1 day, 1:01:01"; in years where days say nothing any more."""
-    if not seconds < 1e10:
-        return f"{seconds / 31_557_600:.3g} years"
-    return str(timedelta(seconds=round(seconds)))

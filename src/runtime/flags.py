@@ -6,11 +6,9 @@ import difflib
 import json
 import os
 import shlex
-import sys
 import tomllib
 
-from basics import inputs
-from basics.words import marked
+from basics import inputs, terminal
 
 # What other training programs call them; for the suggestion after a typo.
 OTHER_NAMES = {
@@ -99,14 +97,6 @@ class CommandLine:
         return from_file | typed
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.print_usage(sys.stderr)
-        for line in message.splitlines():
-            print(marked(f"error: {line}", sys.stderr), file=sys.stderr)
-        sys.exit(2)
-
-
 def parse_flags(config_class, description: str, argv: list[str]) -> dict:
     """Return what was given, {name: value}. A mistake ends the program, with exit code 2."""
     return read_command_line(config_class, description, argv).values()
@@ -114,10 +104,9 @@ def parse_flags(config_class, description: str, argv: list[str]) -> dict:
 
 def read_command_line(config_class, description: str, argv: list[str]) -> CommandLine:
     """Read the flags, and the file of --config. A mistake ends the program, with exit code 2."""
-    parser = _Parser(
+    parser = terminal.Parser(
         description=description,
         epilog="[in brackets]: what is decided when the flag is not given",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--FLAG VALUE ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from basics.durable import write_durably
+from basics import durable
 from tokens.tokenizer import EOT, VOCAB_SIZE, fingerprint
 
 # --- Shard files ----------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> dict:
     body = np.ascontiguousarray(tokens, DTYPE)
     sha = hashlib.sha256(header)
     sha.update(body)
-    write_durably(path, header, body)
+    durable.write(path, header, body)
     size = HEADER_BYTES + body.nbytes
     return {
         "name": Path(path).name,
@@ -66,7 +66,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> dict:
 def write_manifest(folder: str | Path, manifest: dict) -> None:
     """Write manifest.json. Keys needed: version, tokenizer_fingerprint, vocab_size, shards (each
     with name, split, tokens, bytes, sha256; documents if known); more are welcome."""
-    write_durably(Path(folder) / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    durable.write(Path(folder) / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -252,9 +252,7 @@ def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction
     parsed = [_weight(entry) for entry in entries]
     for entry, (folder, share) in zip(entries, parsed, strict=True):
         if not share:
-            raise ValueError(
-                f"{entry!r} needs a positive share, as in 'data/a:0.7 data/b:0.3'"
-            )
+            raise ValueError(f"{entry!r} needs a positive share, as in 'data/a:0.7 data/b:0.3'")
         if [folder for folder, _ in parsed].count(folder) > 1:
             raise ValueError(f"{folder} is given twice; add up its shares")
     total = sum(share for _, share in parsed)
