@@ -233,7 +233,7 @@ from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
-from runtime import flags, launch, machine, planning
+from runtime import doctor, flags, launch, machine, planning
 from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
 from tokens import shards, tokenizer
@@ -1140,9 +1140,8 @@ def distributed(flags_now: dict) -> Distributed:
     return Distributed(flags_now.get("device"), flags_now.get("hang_timeout", Config.hang_timeout))
 
 
-def examine(flags_now: dict) -> int:
-    """Hand the doctor what it must plan and try -> exit code."""
-    from runtime import doctor
+def for_doctor(flags_now: dict) -> doctor.Program:
+    """Return what the doctor is to plan and try."""
 
     def plan(**changes) -> Run:
         return set_up(flags_now | changes | {"dry_run": True}, distributed(flags_now))[0]
@@ -1152,10 +1151,8 @@ def examine(flags_now: dict) -> int:
         return model, make_optimizer(model, cfg)
 
     reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
-    program = doctor.Program(
-        Config(**flags_now), plan, new_model, forward_backward, reference, SAMPLE_DIR
-    )
-    return doctor.examine(program)
+    given = Config(**flags_now)
+    return doctor.Program(given, plan, new_model, forward_backward, reference, SAMPLE_DIR)
 
 
 def build(run: Run, checkpoint: dict | None):
@@ -1203,7 +1200,7 @@ def main(command: CommandLine | None = None) -> int:
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return examine(flags_now)
+            return doctor.examine(for_doctor(flags_now))
         dist = distributed(flags_now)
         if flags_now.get("print_config"):
             return print_config(flags_now, dist)

@@ -34,6 +34,7 @@ from tokens import shards as token_shards
 from tokens import tokenizer
 from training.guard import LossScale
 
+REFERENCE_STEPS = 95_365  # five epochs of 10 billion tokens
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 DISK_TEST_BYTES = 256 << 20
 CHECKSUMS_BELOW = 2e9  # bytes of shards whose SHA-256 are checked unasked: a few seconds
@@ -386,15 +387,15 @@ def check_speed(report: Report, program: Program, run) -> None:
             return
         speed = measure(report, program, run, "reference")
     if speed is not None:
-        run.cfg.max_steps = (
-            5 * 10_000_000_000 // run.cfg.total_batch_size
-        )  # 5 epochs of FineWeb-Edu
+        run.cfg.max_steps = REFERENCE_STEPS
+        run.cfg.total_batch_size = program.reference["total_batch_size"]
         report_duration(report, "reference", run, *speed)
 
 
 def reference_run(program: Program, run):
     """Return the plan of GPT-2 124M on this machine."""
-    flags = program.reference | {"data_dir": run.cfg.data_dir, "max_steps": 95_365, "resume": None}
+    flags = program.reference | {"data_dir": run.cfg.data_dir, "max_steps": REFERENCE_STEPS}
+    flags |= {"resume": None, "decay_from": None}
     if run.dist.device.type == "cpu":
         flags["micro_batch_size"] = 1
     return program.plan(**flags)
