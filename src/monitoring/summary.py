@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from basics import durable, host, inputs, words
+from basics import durable, host, words
 from checkpointing import run_folders
 from training import memory as step_memory
+
+
+def watching(cfg) -> str:
+    """Return how to see the charts as they are. Smoothing, 0.6 unless an address says otherwise,
+    averages over points: a validation loss, which has few, would be drawn above its values."""
+    address = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+    return f"tensorboard --logdir={shlex.quote(cfg.tensorboard_dir)} and {address}"
 
 
 def plan(run) -> str:
@@ -64,6 +72,8 @@ def plan(run) -> str:
         f"{Path(cfg.tensorboard_dir, cfg.run_name)}"
         + (f" (about {log_bytes(run) / 1e6:,.1f} MB)" if cfg.use_tensorboard else ""),
     }
+    if cfg.use_tensorboard:
+        rows["watch"] = watching(cfg)
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
@@ -270,6 +280,6 @@ def farewell(run, finished: bool, command: str) -> str:
     ]
     if cfg.use_tensorboard:
         rows.append(f"TensorBoard   {Path(cfg.tensorboard_dir, cfg.run_name)}")
-        rows.append(f"watch         tensorboard --logdir={inputs.shown(cfg.tensorboard_dir)}")
+        rows.append(f"watch         {watching(cfg)}")
     rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
     return "\n".join(rows)

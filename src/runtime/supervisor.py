@@ -106,6 +106,10 @@ class Supervisor:
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
+    def alive(self) -> None:
+        """Say "I am alive", from whichever thread."""
+        self._beat = time.monotonic()
+
     def poll(self, waiting: bool = False) -> None:
         """Say "I am alive", unless `waiting` for something that may never come; raise StopRequested
         on rank 0 if it is time to leave."""
