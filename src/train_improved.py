@@ -196,6 +196,15 @@ class Config:
         path=True, resume=COMMAND,
         overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"))
 
+    notify: str | None = flag(None,
+        "tell someone: addresses of Apprise (ntfy, mail, chat ...), $NAME from the environment, or "
+        "'cmd: ...' [nobody]", group="when nobody looks", several=True, resume=COMMAND)
+    notify_every: str = flag("24h", "time between digests with the numbers, as 24h",
+        resume=COMMAND)
+    heartbeat: str | None = flag(None,
+        "URL to fetch once a minute while steps are made; healthchecks.io, Uptime Kuma [none]",
+        resume=COMMAND)
+
     device: str | None = flag(None, "cuda, cpu or mps [the best there is]",
         group="machine", resume=COMMAND)
     dtype: str = flag("auto", "precision of products; auto is bfloat16 where the device has it",
@@ -233,7 +242,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpointing import background, files, pretrained, run_folders
-from monitoring import health, summary
+from monitoring import health, notify, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
 from runtime import doctor, flags, launch, machine, planning
@@ -962,6 +971,8 @@ class Training:
         if verdict := self.guard.observe(loss, bool(bad), flight.limit):
             windows = f"windows {flight.first_window:,} to {state.position - 1:,} of the data order"
             self.monitor.say(f"WARNING step {state.step}: {verdict}; {windows}")
+            if state.consecutive_skips == min(3, self.run.cfg.max_skips):
+                self.monitor.outside.tell("updates skipped", verdict, state.step)
         self.monitor.step(self.run, loss, norm, bool(bad), flight.lr, seconds, norms)
 
     def save(self, say_so: bool = False) -> None:
@@ -1038,7 +1049,8 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
     for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
-    monitor.say(f"WARNING {story}: back to {path}, on from data window {state.position:,}")
+    where = f"on from data window {state.position:,}"
+    monitor.tell("rolled back", f"WARNING {story}: back to {path}, {where}")
     monitor.rewind(state.step + 1)
 
 
@@ -1169,7 +1181,7 @@ def for_doctor(flags_now: dict) -> doctor.Program:
     return doctor.Program(given, plan, new_model, forward_backward, reference, SAMPLE_DIR)
 
 
-def build(run: Run, checkpoint: dict | None):
+def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
@@ -1200,23 +1212,24 @@ def build(run: Run, checkpoint: dict | None):
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
     )
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
-    monitor = Monitor(run, peak)
+    monitor = Monitor(run, peak, addresses)
     saver = None
     if dist.is_main:
-        saver = background.BackgroundSaver(monitor.say)
+        saver = background.BackgroundSaver(monitor.announce)
         saver.allocate(checkpoint_of(run))
     return train_model, loader, saver, monitor
 
 
 def main(command: CommandLine | None = None) -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
-    command = command or read_flags()
-    flags_now, dist = command.values(), None
+    command, dist = command or read_flags(), None
     try:
+        addresses = notify.take_addresses(command.typed, command.in_file)
+        flags_now = command.values()
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return doctor.examine(for_doctor(flags_now))
+            return doctor.examine(for_doctor(flags_now), addresses)
         dist = distributed(flags_now)
         if flags_now.get("print_config"):
             return print_config(flags_now, dist)
@@ -1231,7 +1244,7 @@ def main(command: CommandLine | None = None) -> int:
             dist.leave()
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
-        train_model, loader, saver, monitor = build(run, checkpoint)
+        train_model, loader, saver, monitor = build(run, checkpoint, addresses)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
@@ -1254,24 +1267,30 @@ def main(command: CommandLine | None = None) -> int:
     )
     if saver is not None:
         saver.progress = supervisor.alive  # a long write is no hang
-    code = 0
+    code, how, why = 0, "finished", ""
+    monitor.begin(run)
     try:
         Training(run, train_model, loader, saver, monitor, supervisor).train()
     except StopRequested as stop:
-        code = stop.code
+        code, how, why = stop.code, "stopped", f"{stop}\n"
         monitor.say(f"{stop}: saving and leaving")
     except GuardGaveUp as story:
-        code = 1
+        code, how, why = 1, "gave up", f"{story}\n"
         monitor.say(f"ERROR {story}")
+    except BaseException as error:
+        monitor.leave("crashed", f"{type(error).__name__}: {error}", well=False)
+        raise
     loader.close()
     if saver is not None and not saver.close():
         code = 1
         path, reason = saver.failure
-        monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
+        monitor.tell("not saved", f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
     again = planning.next_command(run, command, finished, last_stable_step(run.cfg))
-    monitor.say(summary.farewell(run, finished, again))
+    words = summary.farewell(run, finished, again)
+    monitor.say(words)
+    monitor.leave(how, why + words, well=code != 1)
     supervisor.leave(code)
     return code
 

@@ -21,6 +21,7 @@ import torch
 
 from basics import durable, host, words
 from checkpointing import run_folders
+from monitoring import notify
 from training import memory as step_memory
 
 
@@ -229,7 +230,7 @@ def store_config(run, folder: Path) -> str | None:
         "config": dataclasses.asdict(run.cfg),
         "asked": sorted(run.flags_ever_given),
         "changes": run.state.changes + run.changes,  # by resumes, that changed learning
-        "command": sys.argv,
+        "command": notify.redact_words(sys.argv),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_revision": git,
         "python": platform.python_version(),

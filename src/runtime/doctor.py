@@ -28,7 +28,7 @@ import torch
 
 from basics import host, words
 from basics.words import tint
-from monitoring import energy, summary
+from monitoring import energy, notify, summary
 from runtime import machine, planning
 from tokens import shards as token_shards
 from tokens import tokenizer
@@ -70,7 +70,7 @@ class Program:
     sample_dir: str
 
 
-def examine(program: Program) -> int:
+def examine(program: Program, addresses: notify.Addresses) -> int:
     """Look at everything -> exit code 0, or 2 if there is a problem."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)
@@ -96,6 +96,7 @@ def examine(program: Program) -> int:
         check_data(report, run, program.sample_dir)
         check_hellaswag(report, run)
     check_ports(report)
+    check_messages(report, addresses)
     if fits:  # else the attempt itself could bring the machine down
         check_speed(report, program, run)
     print()
@@ -344,6 +345,16 @@ def check_hellaswag(report: Report, run) -> None:
     elif run.cfg.hellaswag_freq:
         text = f"{path} is not there: training goes on without the score"
         report.add("note", "HellaSwag", text, "python src/hellaswag.py --download (12 MB)")
+
+
+def check_messages(report: Report, addresses: notify.Addresses) -> None:
+    """Send a test message to every --notify."""
+    for name, error in notify.try_out(addresses):
+        if error is None:
+            report.add("ok", "notify", f"{name} took a test message: did it arrive?")
+        else:
+            text = f"--notify {name}: the test message was not taken ({error})"
+            report.add("PROBLEM", "notify", text, "the address, and the network from here")
 
 
 def check_ports(report: Report) -> None:

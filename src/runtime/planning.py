@@ -299,8 +299,15 @@ def next_command(run, command: flags.CommandLine, finished: bool, last_stable: i
     elif not run_folders.list_checkpoints(run.checkpoint_folder):
         return "the same command again, nothing is saved yet"
     script = Path(__file__).parents[1] / "train_improved.py"
-    typed = flags.words(typed, type(cfg))
-    return shlex.join([*launch.start_words(os.environ), os.path.relpath(script), *typed])
+    secret = [name for name in ("notify", "heartbeat") if "..." in typed.get(name, "")]
+    typed = {name: value for name, value in typed.items() if name not in secret}
+    line = [
+        *launch.start_words(os.environ),
+        os.path.relpath(script),
+        *flags.words(typed, type(cfg)),
+    ]
+    once_more = f"  # and {' '.join(f'--{name}' for name in secret)} again: no address is stored"
+    return shlex.join(line) + (once_more if secret else "")
 
 
 def check_unused(run) -> list[files.Info]:
