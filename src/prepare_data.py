@@ -10,8 +10,8 @@
 Sources: a data set of the Hugging Face hub; a local folder in the hub's layout (a README.md with
 `configs`, or --name or --split given) or written by save_to_disk of `datasets`; files of Parquet,
 JSON (.jsonl .ndjson .json: an object on each line, or an array of them), CSV (.csv .tsv, with a
-header), Arrow and plain text (.txt .text); text also packed as .gz .zst .xz .bz2; folders of files
-(read recursively, links are followed) and globs; - for standard input, and other pipes.
+header) and plain text (.txt .text); text also packed as .gz .zst .xz .bz2; folders of files (read
+recursively, links are followed) and globs; - for standard input, and other pipes.
 
 Text is UTF-8; UTF-16 and UTF-32 are known by their byte order mark, anything else by --encoding.
 
@@ -123,7 +123,7 @@ class Progress:
 
 # For the forecast: tokens per byte of FineWeb-Edu's Parquet and of English text; what gzip saves.
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.23, "json": 0.23, "csv": 0.23, "text": 0.23}
-TOKENS_PER_BYTE |= {"arrow": 0.23, "datasets": 0.25}
+TOKENS_PER_BYTE |= {"datasets": 0.23}
 COMPRESSED = 3.0
 TOKENS_PER_SECOND = 3.0e6  # of one core
 
@@ -149,7 +149,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--val_split", help="the split of --val_source, if it is another")
     add("--revision", help=f"branch, tag or commit on the hub [{FINEWEB} is pinned; else main]")
     add("--text_key", default="text", help="column or JSON key of the text [text]")
-    formats = ["jsonl", "text", "csv", "parquet", "arrow"]
+    formats = ["jsonl", "text", "csv", "parquet"]
     add("--format", choices=formats, help="for names that do not say it")
     add("--encoding", help="of text without a byte order mark, such as cp1252 or utf-16-le [utf-8]")
     add("--separator", default="", help=r"of documents in plain text, \n for one in each line")

@@ -256,7 +256,7 @@ def test_folders_of_save_to_disk(tmp_path, capsys):
 @pytest.mark.parametrize("ending", ["gz", "xz", "bz2", "zst"])
 def test_a_cut_file_gives_every_whole_line(tmp_path, capsys, ending):
     rng = np.random.default_rng(0)
-    texts = [f"{i} {rng.bytes(300).hex()}" for i in range(1500)]
+    texts = [f"{i} {rng.bytes(300).hex()}" for i in range(2500)]
     if ending == "zst":
         pack = pytest.importorskip("zstandard").ZstdCompressor().compress
     else:

@@ -277,7 +277,7 @@ class Preparation:
         self.wait()
 
     def nothing_found(self) -> str:
-        odd = ", ".join(odd_documents(self.place)) or "no data"
+        odd = "; ".join(odd_documents(self.place) + self.place.damage) or "no data"
         return f"no document was found with --text_key {self.options['text_key']}: {odd}"
 
     def refuse_losses(self, allowed: float, size: int, left_out: int) -> None:
