@@ -72,7 +72,7 @@ from basics import durable, host, terminal, words
 from checkpointing import run_folders
 from tokens import corpus, sources
 from tokens import shards as token_shards
-from tokens.preparation import WORK, Place, Preparation, Unusable, odd_documents, tokenize_all
+from tokens.preparation import WORK, Part, Preparation, Unusable, odd_documents, tokenize_all
 from tokens.sources import Found
 from tokens.tokenizer import VOCAB_SIZE, fingerprint
 
@@ -90,14 +90,14 @@ FINEWEB_OUT = Path("data/fineweb_edu_10B")
 class Progress:
     """A bar on a terminal; in a log a line every 10 seconds."""
 
-    def __init__(self, begun: Place, total: int):
+    def __init__(self, begun: Part, total: int):
         self.begun, self.total = begun, total  # of earlier starts; bytes, 0: not known
         self.started = self.shown = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total or None, initial=begun.weight, unit="B", unit_scale=True)
 
-    def show(self, place: Place) -> None:
+    def show(self, place: Part) -> None:
         now = time.monotonic()
         if now - self.shown < (0.5 if self.bar is not None else 10):
             return
@@ -182,8 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if (args.source + args.val_source).count("-") > 1:
         raise ValueError("--source -: standard input can be read once, name it once")
     try:
-        codec = codecs.lookup(args.encoding or "utf-8").name
-        args.encoding = None if codec == "utf-8" else codec
+        "".encode(args.encoding or "utf-8")
+        args.encoding = args.encoding and codecs.lookup(args.encoding).name
+        args.encoding = None if args.encoding == "utf-8" else args.encoding
     except LookupError:
         raise ValueError(f"--encoding {args.encoding}: Python knows no such encoding") from None
     s = args.separator
@@ -418,8 +419,8 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
     progress = Progress(begun, size)
     try:
         workers = args.workers if local else 2 * args.workers
-        for unit in tokenize_all(units, plan["options"], workers, local):
-            preparation.take(unit)
+        for tokens, unit in tokenize_all(units, plan["options"], workers, local):
+            preparation.take(tokens, unit)
             progress.show(preparation.place)
         for file in files:
             if file.sha256 and "://" not in file.path and file.kind != "datasets":
@@ -457,7 +458,7 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
     return 0
 
 
-def report(out: Path, manifest: dict, place: Place, tokens: int, seconds: float) -> None:
+def report(out: Path, manifest: dict, place: Part, tokens: int, seconds: float) -> None:
     val, total = manifest["val_tokens"], manifest["tokens"]
     print(
         f"{out}: {len(manifest['shards'])} shards, {manifest['documents']:,} documents, "

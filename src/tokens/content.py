@@ -114,6 +114,9 @@ class Chunks(io.RawIOBase):
 # --- Content --------------------------------------------------------------------------------------
 
 
+CUT = re.compile("(?i)truncated|not a gzip")  # not a checksum; something else behind the end
+
+
 class Content:
     """The content of a file from its beginning, unpacked and as UTF-8, in chunks.
 
@@ -161,7 +164,7 @@ class Content:
             if TOO_LONG in str(e):  # a later frame of zstd than the first
                 raise ValueError(long_window(self.file.path)) from None
             self.damage = str(e)
-            self.exact = isinstance(e, EOFError) or "truncated" in str(e).lower()
+            self.exact = isinstance(e, EOFError) or bool(CUT.search(self.damage))
             if not self.file.pipe:
                 yield self.rest_before_damage(self.given)
 
@@ -177,15 +180,18 @@ class Content:
         return bytes(rest)
 
     def decoded(self, chunks):
-        """From another encoding to UTF-8."""
-        decode = codecs.getincrementaldecoder(self.file.encoding)().decode
+        """From another encoding to UTF-8. What it does not know becomes a byte that is no UTF-8,
+        which is counted later; UTF-16 and UTF-32 end there."""
+        encoding = self.file.encoding
+        errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+        decode = codecs.getincrementaldecoder(encoding)(errors).decode
         for chunk in itertools.chain(chunks, [b""]):
             try:
-                yield decode(chunk, not chunk).encode("utf-8", "surrogatepass")
+                yield decode(chunk, not chunk).encode("utf-8", "surrogateescape")
             except UnicodeDecodeError as e:
-                before = e.object[: e.start].decode(self.file.encoding)
-                yield before.encode("utf-8", "surrogatepass")
-                self.damage = self.damage or f"not {self.file.encoding} from some place on"
+                self.rest = len(e.object) - e.start
+                self.damage = self.damage or f"{e.reason} in {encoding}"
+                yield e.object[: e.start].decode(encoding).encode()
                 return
 
 

@@ -426,7 +426,7 @@ def json_texts(data: bytes, key: str, counts: Tally) -> list[str]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             try:
-                record = json.loads(line.rstrip().removesuffix(","))
+                record = json.loads(line.strip().strip("\ufeff,"))  # of files that were joined
             except (ValueError, RecursionError):
                 counts["broken_json"] += 1
                 continue

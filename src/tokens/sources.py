@@ -80,7 +80,7 @@ def find_all(args, commits: dict) -> Found:
         for source in sources:
             files, commit = find_files(source, split, args, commits.get(source, ""), found.left_out)
             for file in files:
-                first = seen.setdefault(file.inode or (file.path, file.split), file)
+                first = seen.setdefault(file.inode or (file.path, str(file.load)), file)
                 if first is file:
                     found.files.append(file)
                 elif first.split != split:
@@ -107,6 +107,8 @@ def find_files(
     whose endings say nothing. ValueError if there is nothing to read.
     """
     path = Path(os.path.expanduser(source))
+    if not source:
+        raise ValueError("--source '': name a file, a folder or a data set")
     if source == "-" or is_pipe(path):
         name = "-" if source in ("-", "/dev/stdin", "/dev/fd/0") else source
         return [SourceFile(name, name, split, args.format or "auto", pipe=True)], ""
@@ -292,6 +294,8 @@ def look_inside(file: SourceFile, raw, args) -> None:
     packed = [name for magic, name in MAGIC.items() if head.startswith(magic)]
     if packed or is_text(head):  # whatever the name says
         file.compression = packed[0] if packed else ""
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file.path} only points to a file of Git LFS: run git lfs pull")
     if head.startswith(b"PAR1") and file.kind != "parquet":
         raise ValueError(f"{file.path} is Parquet: give the file itself, with --format parquet")
     if file.compression:
