@@ -5,6 +5,7 @@ srun --ntasks-per-node=4 --gpus-per-node=4 python src/train_improved.py ...
 
 import os
 import re
+import shutil
 import sys
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -113,3 +114,20 @@ def first_host(nodes: str) -> str:
     """Return the first name of Slurm's node list: "node[003-007,9],login1" -> "node003"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges[1])[0], first)
+
+
+def start_words(env) -> list[str]:
+    """Return what started this process, up to the script's name, as it can be typed again."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if "TORCHELASTIC_RUN_ID" not in env:
+        several = int(env.get("WORLD_SIZE", 1)) > 1 and "SLURM_STEP_ID" in env
+        return ["srun", python] if several else [python]
+    nodes, processes = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+    torchrun = [python, "-m", "torch.distributed.run"]
+    if shutil.which("torchrun"):
+        torchrun = ["torchrun"]
+    if nodes == "1":
+        return [*torchrun, "--standalone", f"--nproc_per_node={processes}"]
+    meeting = f"--rdzv_endpoint={env.get('MASTER_ADDR')}:{PORTS[0]}"
+    nodes = [f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
+    return [*torchrun, *nodes, "--rdzv_backend=c10d", meeting]

@@ -162,7 +162,7 @@ def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | Non
     prepare = "prepare data with python src/prepare_data.py"
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"data folder {folder} {what}: {prepare}, or give another --data_dir")
+        raise ValueError(f"{folder} {what}: {prepare}, or give another --data_dir")
     entries = read_manifest(folder)
     found: dict[str, list[str]] = {"train": [], "val": []}
     for path in sorted(folder.iterdir()):
@@ -174,28 +174,28 @@ def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | Non
         unknown = sorted({*found["train"], *found["val"]} - entries.keys())
         if unknown:
             raise ValueError(
-                f"data folder {folder}: {unknown[0]} is not in its {MANIFEST}; move it to another "
+                f"{folder}: {unknown[0]} is not in its {MANIFEST}; move it to another "
                 f"folder, or delete {MANIFEST} to have all shards taken as they are"
             )
         found = {s: [n for n in sorted(entries) if entries[n]["split"] == s] for s in found}
     elif (folder / "meta.pkl").exists():
         raise ValueError(
-            f"data folder {folder} holds characters, not GPT-2 tokens (its meta.pkl is nanoGPT's "
+            f"{folder} holds characters, not GPT-2 tokens (its meta.pkl is nanoGPT's "
             "character table): prepare its text with python src/prepare_data.py --source FILE"
         )
     elif (folder / ".prepare").is_dir():
         raise ValueError(
-            f"data folder {folder}: its preparation is not finished; run the same prepare_data.py "
+            f"{folder}: its preparation is not finished; run the same prepare_data.py "
             "command again, it goes on where it was"
         )
     if not found[split]:
         if not found["train"] and not found["val"]:
             raise ValueError(
-                f"data folder {folder} holds no shards (.bin or .npy files with 'train' or 'val' "
+                f"{folder} holds no shards (.bin or .npy files with 'train' or 'val' "
                 f"in their names): {prepare}, or give another --data_dir"
             )
         raise ValueError(
-            f"data folder {folder} has no {'validation' if split == 'val' else 'training'} split "
+            f"{folder} has no {'validation' if split == 'val' else 'training'} split "
             f"(no shard with '{split}' in its name): {prepare}, which makes one, or rename one of "
             f"its shards so that '{split}' stands for its split"
         )
@@ -259,11 +259,9 @@ def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction
     parsed = [_weight(entry) for entry in entries]
     for entry, (folder, share) in zip(entries, parsed, strict=True):
         if not share:
-            raise ValueError(
-                f"--data_dir: {entry!r} needs a positive share, as in 'data/a:0.7 data/b:0.3'"
-            )
+            raise ValueError(f"{entry!r} needs a positive share, as in 'data/a:0.7 data/b:0.3'")
         if [folder for folder, _ in parsed].count(folder) > 1:
-            raise ValueError(f"--data_dir: {folder} is given twice; add up its shares")
+            raise ValueError(f"{folder} is given twice; add up its shares")
     total = sum(share for _, share in parsed)
     return [(folder, share / total) for folder, share in parsed]
 
