@@ -390,6 +390,10 @@ def test_the_same_file_in_both_splits(tmp_path, capsys):
     assert run(*flags, "--out", tmp_path / "out") == 0
     expect(tmp_path / "out", ENGLISH + TEXTS)
     assert "v.jsonl is validation, and left out of training" in capsys.readouterr().err
+    write(tmp_path, {"copies/1.jsonl": lines(TEXTS), "copies/2.jsonl": lines(TEXTS)})
+    assert run("--source", tmp_path / "copies", "--out", tmp_path / "out1") == 0
+    expect(tmp_path / "out1", TEXTS + TEXTS)
+    assert "2.jsonl holds the same as" in capsys.readouterr().err
     flags = ("--source", tmp_path / "v.jsonl", "--val_source", tmp_path / "v.jsonl")
     assert run(*flags, "--out", tmp_path / "out2") == 2
     is_refused(capsys, tmp_path / "out2", "--source: nothing is left")

@@ -75,7 +75,7 @@ def find_all(args, commits: dict) -> Found:
     args: source, val_source, name, split, val_split, revision, format, encoding, text_key. commits:
     what an earlier start of this preparation found. ValueError if there is nothing to read.
     """
-    found, seen = Found(), {}
+    found, seen, contents = Found(), {}, {}
     for split, sources in (("val", args.val_source), ("train", args.source)):
         for source in sources:
             files, commit = find_files(source, split, args, commits.get(source, ""), found.left_out)
@@ -90,6 +90,10 @@ def find_all(args, commits: dict) -> Found:
             found.commits |= {source: commit} if commit else {}
         if sources and not any(file.split == split for file in found.files):
             raise ValueError("--source: nothing is left for training, all of it is --val_source")
+    for file in found.files:
+        twin = contents.setdefault((file.size, file.sha256), file)
+        if file.size and file.sha256 and twin is not file:
+            found.notes.append(f"{file.path} holds the same as {twin.path}; both are read")
     for number, file in enumerate(file for file in found.files if file.pipe):
         file.name = f"pipe {number}" if file.path != "-" else "-"
     return found
