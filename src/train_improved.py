@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from basics.words import marked
@@ -271,7 +271,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -279,6 +278,7 @@ from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, summary
 from monitoring.monitor import Monitor, due, evaluation_due
 from runtime import launch, machine
+from runtime.distributed import Distributed
 from runtime.planning import (
     build_sample_corpus,
     find_checkpoint,
@@ -328,7 +328,7 @@ def resolve_model(cfg: Config, device: str) -> None:
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
 
 
-def resolve_init(cfg: Config, given: dict, dist: "Distributed") -> dict:
+def resolve_init(cfg: Config, given: dict, dist: Distributed) -> dict:
     """Of --init_from: take its shape, return its weights, {} on ranks other than 0."""
     weights = {}
 
@@ -528,71 +528,6 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
-# --- Distributed ----------------------------------------------------------------------------------
-
-
-class Distributed:
-    """This process among the others, as torchrun's environment says; alone without it."""
-
-    def __init__(self, device: str | None, hang_timeout: float):
-        env = os.environ
-        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
-        self.is_main = self.rank == 0
-        self.device = machine.choose_device(device, self.local_rank, self.world_size)
-        self.store = None
-        if self.world_size > 1:
-            timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
-            self.store = self._shared_store(timeout)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(
-                backend,
-                store=self.store,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timeout,
-            )
-
-    def _shared_store(self, timeout: timedelta) -> torch.distributed.Store:
-        """torchrun's key-value store, with keys of this attempt only: after a restart gloo would
-        otherwise find the addresses of the processes that died, and wait for them."""
-        env = os.environ
-        hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        store = torch.distributed.TCPStore(
-            address, port, self.world_size, is_master=self.is_main and not hosted, timeout=timeout
-        )
-        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all processes, in place."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def on_main(self, function):
-        """The plain value that `function` returns on rank 0, and what it finds wrong, on every
-        rank (as ValueError)."""
-        value = error = None
-        if self.is_main:
-            try:
-                value = function()
-            except (ValueError, OSError) as e:
-                error = str(e)
-        if self.world_size > 1:
-            box = [value, error]
-            torch.distributed.broadcast_object_list(box, src=0)
-            value, error = box
-        if error is not None:
-            raise ValueError(error)
-        return value
-
-    def leave(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.destroy_process_group()
-
-
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
@@ -641,9 +576,13 @@ def checkpoint_of(run: "Run") -> dict:
 
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
-    run.model.load_state_dict(checkpoint["model"])
+
+    def spread(tensor, where):
+        return run.dist.spread(tensor, checkpoint["read_by"])
+
+    run.model.load_state_dict(files.map_tensors(checkpoint["model"], spread))
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.optimizer.load_state_dict(files.map_tensors(checkpoint["optimizer"], spread))
     for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
         group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
     device = run.dist.device
@@ -688,6 +627,38 @@ def load_checkpoint(path: Path) -> dict:
             f"{tokenizer.fingerprint()}: its token ids would mean other text"
         )
     return checkpoint
+
+
+def read_checkpoint(dist: Distributed, find: Callable) -> tuple[Path | None, dict | None]:
+    """The newest of the checkpoints that `find()` -> path finds on the machines' disks, which may
+    be one disk: (its path, what is in it), on all ranks. One rank reads it; the others get the
+    large tensors when they are restored, and have only their shapes (`meta`) here."""
+
+    def look():
+        path = None
+        try:
+            path = find() if dist.is_node_main else None
+            return path and files.read_info(path).get("saved_at", 0.0), path and str(path), None
+        except ValueError as error:
+            return None, None, str(error)
+
+    looks = dist.everywhere(look)
+    found = [(saved_at, -rank, path) for rank, (saved_at, path, _) in enumerate(looks) if path]
+    if not found:
+        for error in filter(None, (error for _, _, error in looks)):
+            raise ValueError(error)
+        return None, None
+    _, rank, path = max(found)
+    checkpoint = {}
+
+    def load():
+        checkpoint.update(load_checkpoint(Path(path)))
+        large = ("model", "optimizer") if dist.world_size > 1 else ()
+        shapes = {k: files.map_tensors(checkpoint[k], lambda t, _: t.to("meta")) for k in large}
+        return checkpoint | shapes
+
+    everyones = dist.on_rank(-rank, load)
+    return Path(path), everyones | checkpoint | {"read_by": -rank}
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -771,6 +742,7 @@ class Run:
     loss_scale: LossScale | None = None
     state: TrainState = dataclasses.field(default_factory=TrainState)
     resumed_from: Path | None = None
+    restarted: bool = False  # by this torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
@@ -1010,13 +982,15 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         )
     if saver is not None:  # rank 0
         saver.wait()
-    path = run.dist.on_main(lambda: run_folders.find_latest(folder)[0]) or run.resumed_from
+    path, checkpoint = read_checkpoint(
+        run.dist, lambda: run_folders.find_latest(folder)[0] or run.resumed_from
+    )
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
     names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
     kept = {name: getattr(state, name) for name in (*names, "health_seconds")}
     kept |= {"rollbacks": state.rollbacks + 1, "position": loader.position, "consecutive_skips": 0}
-    restore(run, load_checkpoint(path))
+    restore(run, checkpoint)
     for name, value in kept.items():
         setattr(state, name, value)
     loader.seek(state.position)
@@ -1036,9 +1010,8 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     checkpoint_dir = Path(options.checkpoint_dir)
     if options.run_name is not None:
         run_folders.validate_run_name(options.run_name)
-    begun = None  # by an earlier attempt of this torchrun (--max-restarts)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        begun = dist.on_main(lambda: run_folders.run_of_launcher(checkpoint_dir))
+    dist.agree_to_start(given)
+    begun = dist.begun()  # by an earlier attempt of this torchrun (--max-restarts)
     name = begun or options.run_name
     if options.decay_from:
         if options.resume not in (None, "auto"):
@@ -1050,14 +1023,12 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
         name = name or f"{source.name}-{branched.stem}-decayed"
         if (checkpoint_dir / name).resolve() == source:
             raise ValueError(f"--run_name {name}: is the run itself, give the branch another name")
-    path = dist.on_main(
-        lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
+    path, checkpoint = read_checkpoint(
+        dist, lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
     )
     branches_off = path is None and options.decay_from is not None
     if branches_off:
-        path = Path(options.decay_from)
-    checkpoint = load_checkpoint(path) if path is not None else None
-    if branches_off:
+        path, checkpoint = read_checkpoint(dist, lambda: Path(options.decay_from))
         saved = Config(**checkpoint["config"])
         given = given | plan_decay(given, saved, checkpoint["step"], last_stable_step(saved))
     elif options.decay_from:  # goes on with the branch, which was planned when it began
@@ -1078,8 +1049,18 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
     if cfg.data_dir == SAMPLE_DIR:
         dist.on_main(lambda: build_sample_corpus(SAMPLE_DIR))
-    train_data = open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
-    val_data = open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
+        dist.everywhere(lambda: dist.is_node_main and build_sample_corpus(SAMPLE_DIR))
+    data = {}  # the same on all machines, each from its own disk
+
+    def open_data():
+        for split in ("train", "val"):
+            data[split] = open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed)
+        if cfg.verify_data and dist.is_node_main:
+            shards.verify(cfg.data_dir)
+        return {f"--data_dir, {split}": source.fingerprint for split, source in data.items()}
+
+    dist.agree(dist.everywhere(open_data))
+    train_data, val_data = data["train"], data["val"]
     if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
         if not cfg.allow_data_change:
             raise ValueError(
@@ -1096,16 +1077,16 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
             f"--max_steps {cfg.max_steps}: the checkpoint {path} is already at step "
             f"{checkpoint['step']}; give a larger number"
         )
-    if cfg.verify_data:
-        dist.on_main(lambda: shards.verify(cfg.data_dir))
 
     items = []
     if cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists():
         items = scoring.load_items(cfg.hellaswag_file)
+    dist.agree(dist.everywhere(lambda: {"--hellaswag_file, items": len(items)}))
     cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
     dtype = getattr(torch, cfg.dtype)
     asked = set(given) | set(checkpoint["asked"] if checkpoint else ())
     run = Run(cfg, asked, dist, train_data, val_data, items, dtype, resumed_from=path)
+    run.restarted = begun is not None
     run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
@@ -1217,9 +1198,12 @@ def main() -> int:
             dist.leave()
             return 0
         dist.on_main(lambda: preflight(run, checkpoint))
+        dist.remember(run.cfg.run_name)
         train_model, loader, saver, monitor = build(run, checkpoint)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
+        if dist is not None and dist.peers is not None:
+            dist.peers.close()
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
         print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
@@ -1236,7 +1220,7 @@ def main() -> int:
         )
 
     supervisor = Supervisor(
-        dist.rank, dist.world_size, dist.store, run.cfg.hang_timeout, run.cfg.max_hours
+        dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
     code = 0
     try:

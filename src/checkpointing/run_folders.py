@@ -203,8 +203,9 @@ class RunLock:
         self.path: Path | None = None
         self.fd: int | None = None
 
-    def acquire(self, folder) -> "RunLock":
-        """Take the lock of `folder`; ValueError names the host and the process that have it."""
+    def acquire(self, folder, patience: float = 0.0) -> "RunLock":
+        """Take the lock of `folder`, which another process may hold for `patience` seconds more;
+        then ValueError names its host and number."""
         assert self.fd is None
         if fcntl is None:
             return self
@@ -227,6 +228,10 @@ class RunLock:
                 if e.errno in (errno.EACCES, errno.EAGAIN):
                     holder = self._holder(fd)
                     os.close(fd)
+                    if patience > 0:
+                        time.sleep(1)
+                        patience -= 1
+                        continue
                     raise ValueError(
                         f"{folder} is in use by {holder}: stop it or choose another --run_name"
                     ) from None
@@ -236,7 +241,6 @@ class RunLock:
                 raise
             os.close(fd)
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        content["job"] = launcher()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
         self.fd, self.path = fd, path
@@ -263,18 +267,3 @@ class RunLock:
             self._held.discard((os.getpid(), str(self.path)))
             os.close(self.fd)
             self.fd = self.path = None
-
-
-def launcher() -> str | None:
-    """What the torchrun that started this process is called, the same over all its restarts."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{run_id} {socket.gethostname()} {os.getppid()}" if run_id is not None else None
-
-
-def run_of_launcher(checkpoint_dir) -> str | None:
-    """Name of the run whose folder an earlier attempt of our torchrun claimed, if there is one."""
-    for folder in run_folders(checkpoint_dir) if launcher() else ():
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if json.loads((folder / ".lock").read_bytes()).get("job") == launcher():
-                return folder.name
-    return None

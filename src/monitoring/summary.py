@@ -246,10 +246,7 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
     cfg, state = run.cfg, run.state
     loss = f"; validation loss {state.validation_loss:.4f}" if state.evaluated_step >= 0 else ""
     energy = f", {state.watt_seconds / 3.6e6:.3g} kWh" if state.watt_seconds else ""
-    command = "python"
-    if run.dist.world_size > 1:
-        command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
-    command += f" {os.path.relpath(Path(__file__).parents[1] / 'train_improved.py')}"
+    command = f"{os.path.relpath(Path(__file__).parents[1] / 'train_improved.py')}"
     stable = checkpoint_files.step_path(run.checkpoint_folder, last_stable or 0)
     if finished and last_stable and stable.exists():
         command += f" --resume {os.path.relpath(stable)} --run_name {cfg.run_name}-longer"
@@ -261,8 +258,11 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
             command += f" --{name} {getattr(cfg, name)}"
     if finished:
         command += f" --max_steps {2 * cfg.max_steps}"
-    elif not run_folders.list_checkpoints(run.checkpoint_folder):
-        command = "the same command again, nothing is saved yet"
+    commands = [f"{starter} {command}" for starter in run.dist.starters]
+    if not finished and not run_folders.list_checkpoints(run.checkpoint_folder):
+        commands = ["the same command again, nothing is saved yet"]
+    elif len(commands) > 1:  # torchrun's options name the machine
+        commands.insert(0, f"one of these on each of {len(commands)} machines:")
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
         f"after {format_seconds(state.train_seconds)} of training{energy}{loss}",
@@ -271,7 +271,7 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
     if cfg.use_tensorboard:
         rows.append(f"TensorBoard   {Path(cfg.tensorboard_dir, cfg.run_name)}")
         rows.append(f"watch         tensorboard --logdir={cfg.tensorboard_dir}")
-    rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
+    rows.append(f"{'train longer' if finished else 'go on':<13} " + f"\n{'':<14}".join(commands))
     return "\n".join(rows)
 
 

@@ -3,8 +3,11 @@
 srun --ntasks-per-node=4 --gpus-per-node=4 python src/train_improved.py ...
 """
 
+import os
 import re
+import shlex
 import sys
+from pathlib import Path
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # From here on: steps that are no parallel program, the batch script or an interactive shell.
@@ -51,3 +54,23 @@ def first_host(nodes: str) -> str:
     """The first name of Slurm's node list: "node[003-007,9],login1" -> "node003"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges[1])[0], first)
+
+
+def starter() -> str:
+    """The words before the script's name in the command that started this process, to be printed in
+    others: "python", or torchrun with its options as the process above this one has them."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        options = [f"--nproc_per_node={env.get('LOCAL_WORLD_SIZE', 1)}"]
+        try:
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+            names = [word.rsplit("/", 1)[-1] for word in words]
+            torchrun = "torchrun" if "torchrun" in names else "torch.distributed.run"
+            script = next(i for i, name in enumerate(names) if name.endswith(".py"))
+            options = words[names.index(torchrun) + 1 : script]
+        except (OSError, ValueError, StopIteration):  # no Linux, or a launcher of one's own
+            pass
+        return shlex.join(["torchrun", *options])
+    if "SLURM_PROCID" in env and int(env.get("WORLD_SIZE", 1)) > 1:
+        return f"srun --ntasks={env['WORLD_SIZE']} python"
+    return "python"

@@ -14,6 +14,10 @@ from monitoring import summary
 from runtime.flags import check_ranges, merge
 from tokens import sample_text, tokenizer
 
+# Seconds that a restart waits for an earlier attempt's rank 0: it may have been cut off, and be
+# about to notice (peers.SILENCE and what it has to save then).
+LOCK_PATIENCE = 150.0
+
 # --- Flags and checkpoint -------------------------------------------------------------------------
 
 
@@ -189,9 +193,10 @@ def preflight(run, checkpoint: dict | None) -> None:
         except ValueError as error:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
         if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
-            run.locks.append(run_folders.RunLock().acquire(path))
+            patience = LOCK_PATIENCE if run.restarted else 0.0
+            run.locks.append(run_folders.RunLock().acquire(path, patience))
     run_folders.sweep(folder)
-    for beyond in existing if run.resumes_own_name else ():
+    for beyond in run_folders.list_checkpoints(folder) if run.resumes_own_name else ():
         if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
             beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
             print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
