@@ -374,7 +374,7 @@ def test_every_line_of_the_summary_is_explained():
 
 
 def test_quoted_messages_are_in_the_code():
-    source = " ".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").glob("*.py"))
+    source = " ".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
     source = re.sub(r'"\s*f?"', "", source)  # sentences that go over two lines
     foreign = ("Port 6006 is in use", "TensorFlow installation not found")
     count = 0
