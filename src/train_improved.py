@@ -1230,8 +1230,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         if dist is not None and dist.peers is not None:
             dist.peers.close()
-        if dist is not None and not dist.is_main:
-            time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
+        if dist is not None and not dist.is_node_main:
+            time.sleep(3)  # another says the same and ends us, unless the trouble is here alone
         print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -403,9 +403,7 @@ def test_histogram_has_the_exact_quantiles_within_a_small_part_of_their_spread(n
     log = TensorBoardLog(tmp_path, 0)
     before = folder_bytes(tmp_path)
     log.histograms({f"Gradients/h.11.mlp.c_proj.weight.{name}": x}, 1000)
-    assert (
-        folder_bytes(tmp_path) - before <= 500_000 / 296
-    )  # 148 + 148 fit in 0.5 MB
+    assert folder_bytes(tmp_path) - before <= 500_000 / 296  # 148 + 148 fit in 0.5 MB
     log.close()
     reader = EventAccumulator(str(tmp_path)).Reload()
     (tag,) = reader.Tags()["histograms"]
