@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from basics.words import marked
+from basics import terminal
 from runtime.flags import flag, parse_flags, to_toml
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
@@ -1210,6 +1210,7 @@ def main() -> int:
     dist = None
     try:
         launch.adopt_slurm(os.environ)
+        launch.check_environment(os.environ)
         dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
         if given.get("print_config"):
             return print_config(given, dist)
@@ -1232,7 +1233,7 @@ def main() -> int:
             dist.peers.close()
         if dist is not None and not dist.is_node_main:
             time.sleep(3)  # another says the same and ends us, unless the trouble is here alone
-        print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
+        terminal.print_error(error)
         return 2
     except RuntimeError as error:
         if not is_lost_peer(error):

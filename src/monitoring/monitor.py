@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
+from basics import words
 from basics.words import marked
 from checkpointing import run_folders
 from monitoring import energy, health, jsonl_log, summary
@@ -197,7 +198,7 @@ class Monitor:
             values |= self.warnings_and_cost(run)
         self.scalars(values, state.step)
         self.print_and_log_warnings(warnings, state.step)
-        time_left = summary.format_seconds(left)
+        time_left = words.duration(left)
         if self.has_bar:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, {rate:,.0f} tok/s, {time_left} left", refresh=False

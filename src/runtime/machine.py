@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from basics import host
+from basics import durable, host
 from basics.words import marked
 from training.memory import training_bytes
 
@@ -217,9 +217,7 @@ def remember(key: str, size: int) -> None:
         except (OSError, ValueError, TypeError):
             known = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known | {key: size}, indent=1) + "\n")
-        partial.replace(path)
+        durable.write(path, json.dumps(known | {key: size}, indent=1).encode() + b"\n")
     except OSError:
         pass  # then it is found again next time
 

@@ -6,11 +6,10 @@ So the store is talked to in one thread, which may be stuck in a call, and watch
 """
 
 import contextlib
-import sys
 import threading
 import time
 
-from basics.words import marked
+from basics import terminal
 
 SILENCE = 75.0  # seconds without a heartbeat after which a process counts as lost
 TICK = 0.2  # seconds between looks into the store
@@ -50,7 +49,7 @@ class Peers:
     def _end(self, who: str) -> None:
         from runtime.supervisor import end
 
-        print(marked(f"error: {who}, while this process was starting", sys.stderr), file=sys.stderr)
+        terminal.print_error(f"{who}, while this process was starting")
         end(1)
 
     def _talk(self) -> None:
