@@ -32,10 +32,14 @@ class Distributed:
         # have LOCAL_RANK 0.)
         self.is_node_main = self.local_rank == 0 and env.get("SLURM_LOCALID", "0") == "0"
         self.device = machine.choose_device(device, self.local_rank, self.world_size)
-        self.board = self.peers = None
+        self.board = None  # torchrun's key-value store, which outlives its restarts
+        self.peers = None
         self.starters = [launch.starter()]  # of all nodes, where they differ
+        timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # also of a process that is alone now
+            address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+            self.board = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
         if self.world_size > 1:
-            timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
             store = self._meet(timeout)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(
@@ -53,12 +57,10 @@ class Distributed:
         rank 0 opens a store on a free port and publishes its address in torchrun's; the others
         read it again until a store answers that has not had a process of their rank yet.
         """
-        env = os.environ
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         TCPStore = torch.distributed.TCPStore
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # nobody listens there yet
+        if self.board is None:  # srun: nobody listens there yet
             return TCPStore(address, port, self.world_size, self.is_main, timeout)
-        self.board = TCPStore(address, port, is_master=False, timeout=timeout)
         if self.is_main:
             store = TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
             store.set("world_size", str(self.world_size))
