@@ -230,6 +230,16 @@ class Config:
         choices=("auto", "float32", "bfloat16", "float16"),
         resume="exact",
     )
+    shard: bool = flag(
+        False,
+        "each process keeps a share of weights, gradients and moments (FSDP2), not all of them",
+        resume="machine",
+    )
+    activation_checkpointing: bool = flag(
+        False,
+        "compute each block again in the backward pass: less memory, a third more work",
+        resume="machine",
+    )
     compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume="machine")
     profile: bool = flag(
         False, "write a trace of steps 4 to 6 of this command to the log folder", resume="machine"
@@ -273,6 +283,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, summary
@@ -293,7 +304,7 @@ from tokens import shards, tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource, open_source
 from tokens.tokenizer import VOCAB_SIZE
-from training import muon, scoring
+from training import muon, scoring, sharding
 from training.chunked_loss import chunked_cross_entropy, next_token_losses
 from training.generation import KVCache, generate
 from training.guard import Guard, GuardGaveUp, LossScale
@@ -429,6 +440,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(n_embd, VOCAB_SIZE, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.activation_checkpointing = False
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -459,7 +471,10 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=idx_BT.device)
         x = self.transformer.wte(idx_BT) + self.transformer.wpe(positions)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, cache, layer)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -556,13 +571,26 @@ class TrainState:
 
 
 def checkpoint_of(run: "Run") -> dict:
-    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True."""
+    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True.
+
+    Of a sharded model every rank must ask for it, and rank 0 gets it.
+    """
+    gathered = {}  # tied tensors are one, and stay so
+
+    def whole(tensor, where):
+        if not sharding.is_sharded(run.model):
+            return tensor.detach()
+        if id(tensor) not in gathered:
+            full = sharding.whole(tensor.detach())
+            gathered[id(tensor)] = full.cpu() if run.dist.is_main else full.new_empty(0)
+        return gathered[id(tensor)]
+
     rng = {"cpu": torch.get_rng_state()}
     if run.dist.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state()
     return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "model": files.map_tensors(run.model.state_dict(keep_vars=True), whole),
+        "optimizer": files.map_tensors(run.optimizer.state_dict(), whole),
         "step": run.state.step,
         "config": dataclasses.asdict(run.cfg),
         "asked": sorted(run.asked),
@@ -579,12 +607,21 @@ def checkpoint_of(run: "Run") -> dict:
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
 
-    def spread(tensor, where):
-        return run.dist.spread(tensor, checkpoint["read_by"])
+    def here(tensor, like):
+        if run.dist.world_size == 1 or not isinstance(tensor, torch.Tensor):
+            return tensor
+        return sharding.shared_out(tensor, like, checkpoint["read_by"])
 
-    run.model.load_state_dict(files.map_tensors(checkpoint["model"], spread))
+    names = dict(run.model.named_parameters(remove_duplicate=False))
+    weights = {name: here(t, names.get(name)) for name, t in checkpoint["model"].items()}
+    run.model.load_state_dict(weights)
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(files.map_tensors(checkpoint["optimizer"], spread))
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+    moments = {
+        i: {name: here(t, params[i]) for name, t in of_one.items()}
+        for i, of_one in checkpoint["optimizer"]["state"].items()
+    }
+    run.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
     for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
         group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
     device = run.dist.device
@@ -592,8 +629,8 @@ def restore(run: "Run", checkpoint: dict) -> None:
         t.to(device, copy=True) for t in checkpoint["loss_scale"]
     )
     # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
-    for moments in run.optimizer.state.values() if device.type == "cpu" else ():
-        moments |= {k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)}
+    for of_one in run.optimizer.state.values() if device.type == "cpu" else ():
+        of_one |= {k: v.clone() for k, v in of_one.items() if isinstance(v, torch.Tensor)}
     torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
     if device.type == "cuda" and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
@@ -814,8 +851,7 @@ def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) ->
     for i, micro in enumerate(micro_batches):
         poll()
         run.last_micro = i + 1 == len(micro_batches)
-        local = run.dist.world_size > 1 and not run.last_micro
-        with train_model.no_sync() if local else contextlib.nullcontext():
+        with sharding.synchronising(train_model, run.last_micro):
             with run.autocast():
                 loss = train_model(micro[:, :-1], micro[:, 1:]) / len(micro_batches)
             (loss * run.loss_scale.scale).backward()
@@ -853,6 +889,7 @@ class Training:
         self.run, self.train_model, self.loader, self.saver = run, train_model, loader, saver
         self.monitor, self.supervisor = monitor, supervisor
         self.params = list(run.model.parameters())
+        self.sharded = sharding.is_sharded(run.model)
         self.guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
         self.clock = Clock(state, run.dist.world_size, monitor.energy)
         traces = Path(cfg.tensorboard_dir, cfg.run_name)
@@ -860,6 +897,7 @@ class Training:
         self.watch = StepWatch(traces if profiled else None, cfg.compile, monitor.say)
         self.in_flight: InFlight | None = None
         self.mid_update = False  # weights and moments may not belong together
+        self.all_here = not self.sharded  # what a checkpoint takes: all ranks, if they are sharded
         self.saved_at = (state.step, state.evaluated_step)
 
     def train(self) -> None:
@@ -871,7 +909,8 @@ class Training:
                 if evaluation_due(state, cfg):
                     self.read_last_metrics()
                     self.clock.count_as_overhead()
-                    evaluate(run, self.monitor, self.poll)
+                    with sharding.put_together(run.model):
+                        evaluate(run, self.monitor, self.poll_alone)
                     self.clock.count_as_overhead()
                 if checkpoint_due(state, cfg):
                     self.save()
@@ -881,7 +920,7 @@ class Training:
                 self.step()
         except (StopRequested, RuntimeError) as error:
             stop = self.supervisor.stop_for(error)
-            if not self.mid_update:
+            if self.all_here and not self.mid_update:
                 self.save()
             raise stop from None
         finally:
@@ -892,7 +931,7 @@ class Training:
         reading of the step before, whose metrics are there by now."""
         run, cfg, state, optimizer = self.run, self.run.cfg, self.run.state, self.run.optimizer
         with reading_data():
-            batch = self.loader.next_batch(lambda: self.poll(waiting=True))
+            batch = self.loader.next_batch(lambda: self.poll_alone(waiting=True))
         loss = forward_backward(run, self.train_model, batch, self.poll)
         self.read_last_metrics()  # while the device works
         if state.consecutive_skips >= cfg.max_skips:
@@ -904,8 +943,8 @@ class Training:
         # Clip, judge, update. `found_inf` makes the fused kernel leave weights and moments alone
         # where the verdict is bad: no host round-trip, the same on all ranks.
         grads = [p.grad for p in self.params]
-        run.loss_scale.unscale(grads)
-        norm = nn.utils.get_total_norm(grads)
+        run.loss_scale.unscale([sharding.local(grad) for grad in grads])
+        norm = sharding.whole(nn.utils.get_total_norm(grads))
         if cfg.grad_clip:
             nn.utils.clip_grads_with_norm_(self.params, cfg.grad_clip, norm)
         limit, lr = self.guard.limit(), learning_rate(state.step + 1, cfg)
@@ -913,7 +952,7 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.found_inf = bad.float()
-        check = run.dist.is_main and health.check_due(state.step + 1)
+        check = (run.dist.is_main or self.sharded) and health.check_due(state.step + 1)
         norms = health.UpdateNorms(run.model, optimizer) if check else None
         self.mid_update = True
         optimizer.step()
@@ -953,9 +992,11 @@ class Training:
         self.read_last_metrics()
         run, cfg, state = self.run, self.run.cfg, self.run.state
         folder = run.checkpoint_folder
-        if self.saved_at == (state.step, state.evaluated_step) or not run.dist.is_main:
+        if self.saved_at == (state.step, state.evaluated_step):
             return
-        if state.consecutive_skips and not all(p.isfinite().all() for p in self.params):
+        if not (run.dist.is_main or self.sharded):
+            return
+        if state.consecutive_skips and not self.weights_are_finite():
             self.monitor.say(
                 f"WARNING step {state.step}: weights are not finite, no checkpoint written"
             )
@@ -971,22 +1012,43 @@ class Training:
 
         self.monitor.flush()
         self.clock.count_as_overhead()
-        self.saver.save(
-            path,
-            checkpoint_of(run),
-            info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=written,
-            on_full=lambda: run_folders.make_room(folder, *retention),
-        )
+        content = checkpoint_of(run)
+        if run.dist.is_main:
+            self.saver.save(
+                path,
+                content,
+                info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
+                on_done=written,
+                on_full=lambda: run_folders.make_room(folder, *retention),
+            )
         self.saved_at = (state.step, state.evaluated_step)
         self.clock.count_as_overhead()
 
-    def poll(self, waiting: bool = False) -> None:
-        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0."""
-        self.supervisor.poll(waiting)
-        if self.supervisor.take_save_request():
+    def weights_are_finite(self) -> bool:
+        bad = not all(sharding.local(p).isfinite().all() for p in self.params)
+        return not (self.run.dist.any(bad) if self.sharded else bad)
+
+    def poll(self) -> None:
+        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0; on all
+        ranks at the same call if they are sharded, as a checkpoint takes them all."""
+        agree = self.run.dist.any if self.sharded else bool
+        try:
+            self.supervisor.poll(agree=agree, all_ranks=self.sharded)
+        except StopRequested:
+            self.all_here = True
+            raise
+        if agree(self.supervisor.take_save_request()):
             self.monitor.say(f"step {self.run.state.step:>5}: SIGUSR1, saving")
             self.save(say_so=True)
+
+    def poll_alone(self, waiting: bool = False) -> None:
+        """The same where each rank calls as often as it likes: a sharded run stops a step later."""
+        if self.sharded:
+            self.supervisor.alive(waiting)
+        elif waiting:
+            self.supervisor.poll(waiting)
+        else:
+            self.poll()
 
 
 def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
@@ -1167,6 +1229,9 @@ def build(run: Run, checkpoint: dict | None):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
+    run.model.activation_checkpointing = cfg.activation_checkpointing
+    if cfg.shard and dist.world_size > 1:
+        sharding.shard(run.model)
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
@@ -1184,9 +1249,8 @@ def build(run: Run, checkpoint: dict | None):
         train_model = machine.compiled(run.model, ids, run.autocast, asked_to_compile)
         cfg.compile = train_model is not run.model
         run.optimizer.zero_grad(set_to_none=True)
-    if dist.world_size > 1:
-        # No static_graph: it cannot begin inside no_sync (gradient accumulation), LAB_NOTES.md.
-        train_model = nn.parallel.DistributedDataParallel(train_model, gradient_as_bucket_view=True)
+    if dist.world_size > 1 and not sharding.is_sharded(run.model):
+        train_model = sharding.replicate(train_model)
     windows = cfg.total_batch_size // cfg.seq_len
     loader = StepLoader(
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
@@ -1194,9 +1258,10 @@ def build(run: Run, checkpoint: dict | None):
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     monitor = Monitor(run, peak)
     saver = None
+    content = checkpoint_of(run)
     if dist.is_main:
         saver = background.BackgroundSaver(monitor.say)
-        saver.allocate(checkpoint_of(run), at_least=summary.checkpoint_bytes(run))
+        saver.allocate(content, at_least=summary.checkpoint_bytes(run))
     return train_model, loader, saver, monitor
 
 

@@ -164,17 +164,9 @@ class Distributed:
             torch.distributed.all_reduce(values)
         return values
 
-    def spread(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The tensor that rank `source` has, on every rank's device; elsewhere only its shape and
-        dtype count (`meta`)."""
-        if self.world_size == 1:
-            return tensor
-        if self.rank == source:
-            tensor = tensor.to(self.device).contiguous()
-        else:
-            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        torch.distributed.broadcast(tensor, src=source)
-        return tensor
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.sum(torch.tensor(int(flag))))
 
     def leave(self) -> None:
         if self.world_size > 1:

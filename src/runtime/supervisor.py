@@ -113,15 +113,21 @@ class Supervisor:
             if peers.lost is not None:
                 self._on_lost(peers.lost)
 
-    def poll(self, waiting: bool = False) -> None:
-        """Say "I am alive", unless `waiting` for something that may never come; raise StopRequested
-        on rank 0 if it is time to leave."""
+    def alive(self, waiting: bool = False) -> None:
+        """Say "I am alive", unless `waiting` for something that may never come."""
         now = time.monotonic()
         if not waiting:
             self._beat = now
         if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
-        if self._stop is not None and self.rank == 0:
+
+    def poll(self, waiting: bool = False, agree=bool, all_ranks: bool = False) -> None:
+        """As `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
+        where agree(own wish) says on each whether any wants to."""
+        self.alive(waiting)
+        if agree(self._stop is not None) and (self.rank == 0 or all_ranks):
+            while self._stop is None:  # another rank's reason is on its way
+                time.sleep(_TICK)
             self._leaving = True
             raise StopRequested(*self._stop)
 

@@ -73,6 +73,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def as_part_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, laid out as `like` is, of which `tensor` is what is in this process."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+
+
 def shared_out(tensor: torch.Tensor, like: torch.Tensor, source: int) -> torch.Tensor:
     """The tensor that rank `source` has, on all ranks and laid out as `like` is; elsewhere only its
     shape and dtype count."""
