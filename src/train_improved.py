@@ -1099,7 +1099,7 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
     if options.run_name is not None:
         run_folders.validate_run_name(options.run_name)
     dist.agree_to_start(given)
-    begun = dist.begun()  # by an earlier attempt of this torchrun (--max-restarts)
+    begun = dist.begun(checkpoint_dir)  # by an earlier attempt of this torchrun (--max-restarts)
     name = begun or options.run_name
     if options.decay_from:
         if options.resume not in (None, "auto"):

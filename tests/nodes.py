@@ -15,6 +15,8 @@ from pathlib import Path
 
 from conftest import SCRIPT, SMALL, environment
 
+# A machine that comes back finds the others only with the second (docs/SEVERAL_MACHINES.md).
+SETTINGS = {"GLOO_SOCKET_IFNAME": "e0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 FLAGS = [*SMALL, "--total_batch_size", "384", "--sample_freq", "0", "--eval_freq", "0"]
 
 
@@ -86,7 +88,7 @@ class Nodes:
         with open(self.folder / f"node{i}.{self.started:03d}.log", "w") as log:
             self.processes[i] = subprocess.Popen(
                 [*enter, "bash", *map(str, words), *map(str, flags)],
-                env=environment() | {"GLOO_SOCKET_IFNAME": "e0"},
+                env=environment() | SETTINGS,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

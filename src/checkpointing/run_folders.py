@@ -242,6 +242,7 @@ class RunLock:
                 raise
             os.close(fd)
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        content["job"] = torchrun_job()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
         self.fd, self.path = fd, path
@@ -268,3 +269,20 @@ class RunLock:
             self._held.discard((os.getpid(), str(self.path)))
             os.close(self.fd)
             self.fd = self.path = None
+
+
+def torchrun_job() -> str | None:
+    """What --rdzv_id calls the job that this process belongs to, if it does."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job
+
+
+def run_of_job(checkpoint_dir) -> str | None:
+    """Name of the run whose folder a process of our job claimed last, if one did."""
+    found = []
+    for folder in run_folders(checkpoint_dir) if torchrun_job() else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+            content = json.loads((folder / ".lock").read_bytes())
+            if content.get("job") == torchrun_job():
+                found.append((content["time"], folder.name))
+    return max(found)[1] if found else None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from checkpointing import run_folders
 from runtime import launch, machine
 from runtime.peers import SILENCE, Peers
 
@@ -59,7 +60,7 @@ class Distributed:
         """
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         TCPStore = torch.distributed.TCPStore
-        if self.board is None:  # srun: nobody listens there yet
+        if self.board is None:  # srun, or an address of this attempt: nobody listens there yet
             return TCPStore(address, port, self.world_size, self.is_main, timeout)
         if self.is_main:
             store = TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -83,9 +84,15 @@ class Distributed:
             "whose address sorts first, see docs/SEVERAL_MACHINES.md"
         )
 
-    def begun(self) -> str | None:
-        """The name of the run that an earlier attempt of this torchrun began, on all ranks."""
-        there = self.board is not None and self.is_main and self.board.check([BEGUN])
+    def begun(self, checkpoint_dir: Path) -> str | None:
+        """The name of the run that an earlier attempt of this torchrun began, on all ranks.
+
+        Where torchrun keeps its store to itself (docs/SEVERAL_MACHINES.md), the folders say it.
+        """
+        if self.everywhere(lambda: self.board is None)[0]:
+            names = self.everywhere(lambda: run_folders.run_of_job(checkpoint_dir))
+            return next(filter(None, names), None)
+        there = self.is_main and self.board.check([BEGUN])
         return self.on_main(lambda: self.board.get(BEGUN).decode() if there else None)
 
     def remember(self, run_name: str) -> None:
