@@ -80,8 +80,7 @@ class Peers:
                 with contextlib.suppress(KeyError):
                     self._silent[rank] += passed
                 if seconds > self.limit and not self._closed.is_set():
-                    ended = seconds == float("inf")
-                    silent = f"has been silent for {self.limit:g} s: its machine, its network or it"
-                    self.lost = f"rank {rank} {'has ended' if ended else f'{silent} is gone'}"
+                    silent = f"has been silent for {self.limit:g} s"
+                    self.lost = f"rank {rank} {'has ended' if seconds == float('inf') else silent}"
                     self.on_lost(self.lost)
                     break

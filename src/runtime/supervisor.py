@@ -220,7 +220,7 @@ class Supervisor:
                 self._end_for("rank 0 has died")
             waited = 0 if self._lost_since is None else now - self._lost_since
             if waited > min(_LAST_WAIT, self.hang_timeout) and not self._leaving:
-                self._end_for(f"{self.peers.lost}, and this process waits for it")
+                self._end_for(f"{self.peers.lost} and this process waits for it")
 
     # -- with the others: in the threads of peers.Peers --------------------------------------------
 
