@@ -163,11 +163,11 @@ def plan_decay(given: dict, saved, step: int, last_stable: int | None) -> dict:
 
 
 def build_sample_corpus(folder: str) -> None:
-    """A small corpus from text that every Python installation carries, if it is not there yet."""
+    """Say that training begins with the sample corpus, and make it if it is not there yet."""
     print(
-        f"No data prepared: training on a small sample corpus in {folder}, made from the "
-        "documentation inside this Python installation.\nFor the real run prepare FineWeb-Edu: "
-        "python src/prepare_data.py (28 GB download; see QUICK_START.md)",
+        f"No data prepared: training on a small sample corpus in {folder}, one novel by Charles "
+        "Dickens.\nFor the real run prepare FineWeb-Edu: python src/prepare_data.py (28 GB "
+        "download; see QUICK_START.md)",
         flush=True,
     )
     if not Path(folder, "manifest.json").exists():
