@@ -575,22 +575,15 @@ def checkpoint_of(run: "Run") -> dict:
 
     Of a sharded model every rank must ask for it, and rank 0 gets it.
     """
-    gathered = {}  # tied tensors are one, and stay so
-
-    def whole(tensor, where):
-        if not sharding.is_sharded(run.model):
-            return tensor.detach()
-        if id(tensor) not in gathered:
-            full = sharding.whole(tensor.detach())
-            gathered[id(tensor)] = full.cpu() if run.dist.is_main else full.new_empty(0)
-        return gathered[id(tensor)]
-
+    weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
+    if sharding.is_sharded(run.model):
+        weights, optimizer = sharding.gathered(run.model, optimizer, run.dist.is_main)
     rng = {"cpu": torch.get_rng_state()}
     if run.dist.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state()
     return {
-        "model": files.map_tensors(run.model.state_dict(keep_vars=True), whole),
-        "optimizer": files.map_tensors(run.optimizer.state_dict(), whole),
+        "model": weights,
+        "optimizer": optimizer,
         "step": run.state.step,
         "config": dataclasses.asdict(run.cfg),
         "asked": sorted(run.asked),

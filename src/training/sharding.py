@@ -93,3 +93,22 @@ def shared_out(tensor: torch.Tensor, like: torch.Tensor, source: int) -> torch.T
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=source)
     torch.distributed.broadcast(tensor, src=source)
     return tensor
+
+
+def gathered(model: nn.Module, optimizer: dict, keep: bool) -> tuple[dict, dict]:
+    """The state dicts of a sharded model and its optimizer with whole tensors, in the memory of the
+    host; every process must call it, those that do not `keep` them get None for each tensor."""
+
+    def on_host(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = whole(value.detach())
+        return value.cpu() if keep else None
+
+    by_id = {id(p): on_host(p) for p in model.parameters()}  # tied ones once
+    weights = {n: by_id[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    moments = {
+        i: {name: on_host(value) for name, value in of_one.items()}
+        for i, of_one in optimizer["state"].items()
+    }
+    return weights, optimizer | {"state": moments}
