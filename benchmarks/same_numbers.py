@@ -281,13 +281,13 @@ def write_sources(args, folder: Path) -> dict[str, list]:
     (folder / "books.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
     (folder / "strange.jsonl").write_bytes(b"\n".join(STRANGE * 50))
     pq.write_table(pa.table({"text": texts}), folder / "books.parquet", row_group_size=20)
-    (folder / "books.txt").write_text("\n\n".join(texts))
+    (folder / "books.txt").write_text("\n==".join(texts))
     (folder / "texts").mkdir()
     for i, text in enumerate(texts):
         (folder / "texts" / f"{i:03}.txt").write_text(text)
     names = ("books.jsonl", "books.jsonl.gz", "books.parquet", "strange.jsonl", "texts")
     sources = {name: ["--source", folder / name] for name in names}
-    sources["books.txt in parts"] = ["--source", folder / "books.txt", "--separator", r"\n\n"]
+    sources["books.txt in parts"] = ["--source", folder / "books.txt", "--separator", r"\n=="]
     if args.all:
         sources["every book"] = ["--source", args.books]
     return sources

@@ -426,7 +426,7 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
                 again = sources.sign(dataclasses.replace(file, mtime_ns=0))
                 if again.identity() != file.identity():
                     raise ValueError(f"{file.path} was changed while it was read: remove {out}")
-        refuse_losses(args, preparation, preparation.losses(size, sum(found.left_out.values())))
+        preparation.refuse_losses(args.allow_skipped, size, sum(found.left_out.values()))
         preparation.end()
     except Unusable:
         preparation.discard()
@@ -455,24 +455,6 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
     shutil.rmtree(out / WORK)
     report(out, manifest, place, place.tokens - begun.tokens, time.monotonic() - started)
     return 0
-
-
-def refuse_losses(args: argparse.Namespace, preparation: Preparation, losses: dict) -> None:
-    """ValueError if more of the source than --allow_skipped is not in the shards."""
-    too_much = [f"{what} ({share:.1%})" for what, share in losses.items()
-                if share > args.allow_skipped]  # fmt: skip
-    if not too_much:
-        return
-    place = preparation.place
-    reasons = "; ".join(odd_documents(place) + place.damage)
-    said = f"--allow_skipped {args.allow_skipped:g}: {' and '.join(too_much)} cannot be used"
-    way = f"mend that, or allow more: {reasons}"
-    if not preparation.shards:
-        raise Unusable(f"{said}; {way}")
-    raise ValueError(
-        f"{said}; {args.out} is finished but for its manifest: the same command with a larger "
-        f"--allow_skipped goes on from here; to mend the source remove that folder first: {reasons}"
-    )
 
 
 def report(out: Path, manifest: dict, place: Place, tokens: int, seconds: float) -> None:

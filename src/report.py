@@ -40,7 +40,7 @@ from monitoring.runs import WARNING_TAGS, Run, find_runs, read_record
 # --- Comparison -----------------------------------------------------------------------------------
 
 IN_LEGEND = 4  # hyperparameters
-IN_CHARTS = len(charts.COLORS)  # runs: more are only in the table and the CSV
+IN_CHARTS = charts.COLORS  # runs: more are only in the table and the CSV
 
 
 def show(value) -> str:
@@ -219,44 +219,7 @@ def remarks(runs: list[Run], silent: list[str]) -> list[str]:
 
 # --- Page -----------------------------------------------------------------------------------------
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5d6673; --line: #e4e7eb; --ground: #fff;
-        --card: #f5f6f8; --bad: #c22a2a; --good: #00875f; --bar: #0068b5; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e6ea; --soft: #9aa4b2; --line: #2b323b;
-        --ground: #111418; --card: #1b2027; --bad: #ff7b72; --good: #2fd39b; --bar: #5cb3ff; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--ground);
-       max-width: 62rem; margin: 0 auto; padding: 1rem; -webkit-text-size-adjust: 100%; }
-h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.05rem; margin: 1.8rem 0 .5rem; }
-p { margin: .5rem 0; } .soft, figure p { color: var(--soft); font-size: .85rem; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.bar { height: .5rem; border-radius: .25rem; background: var(--line); margin: .6rem 0; }
-.bar i { display: block; height: 100%; border-radius: .25rem; background: var(--bar); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .6rem;
-         margin: .8rem 0; }
-.cards div { background: var(--card); border-radius: .5rem; padding: .5rem .7rem; min-width: 0; }
-dt, dd small { color: var(--soft); font-size: .8rem; } dl, dd { margin: 0; }
-dd { font-size: 1.3rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-dd small { display: block; line-height: 1.3; }
-.warning { border-left: .25rem solid var(--bad); padding: .3rem .7rem; background: var(--card); }
-figure { margin: 1.2rem 0 0; display: flow-root; break-inside: avoid; min-width: 0; }
-figcaption { font-weight: 600; overflow-wrap: anywhere; }
-.many { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 0 1rem; }
-.small { margin-top: .6rem; } .small figcaption { font-size: .8rem; font-weight: 400; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem .3rem 0; text-align: right; vertical-align: bottom;
-         border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; white-space: normal; } td:first-child, th:first-child { text-align: left; }
-pre { background: var(--card); padding: .7rem; border-radius: .5rem; white-space: pre-wrap;
-      overflow-wrap: anywhere; font-size: .82rem; margin: .5rem 0; break-inside: avoid; }
-summary { padding: .5rem 0; cursor: pointer; } a { color: var(--bar); }
-.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em;
-          background: currentColor; border-radius: .2em; }
-.lost main { opacity: .5; } .lost::before { content: "No answer: these are the last numbers.";
-          color: var(--bad); }
-"""
+CSS = Path(charts.__file__).with_name("page.css").read_text(encoding="utf-8")
 SILENT_SECONDS = 600  # at least; evaluations and large checkpoints take minutes
 esc = html.escape
 
@@ -390,8 +353,9 @@ def html_page(title: str, main: str, live: bool) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{esc(title)}</title><style>{CSS}{charts.CSS}</style></head>\n"
-        f'<body data-now="{time.time():.0f}"><main>{main}</main>{script}</body></html>\n'
+        f"<title>{esc(title)}</title><style>{CSS}</style></head>\n"
+        f'<body data-now="{time.time():.0f}" data-every="{serving.EVERY}">'
+        f"<main>{main}</main>{script}</body></html>\n"
     )
 
 

@@ -41,16 +41,18 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "seq_len": 1024},
 }
 # The reference run (GPT-3 paper, table 2.1, for the learning rates), and a run for a laptop.
-REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4, "val_tokens": 2_097_152}
+REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4}
+REFERENCE |= {"eval_freq": 250, "val_tokens": 2_097_152}
+TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 3e-3}
 TRAINING = {
-    "tiny": {"total_batch_size": 1024, "max_steps": 600, "max_lr": 3e-3, "val_tokens": 16_384},
+    "tiny": TINY | {"eval_freq": 50, "val_tokens": 16_384},
     "gpt2": REFERENCE,
     "gpt2-medium": REFERENCE | {"max_lr": 3e-4},
     "gpt2-large": REFERENCE | {"max_lr": 2.5e-4},
     "gpt2-xl": REFERENCE | {"max_lr": 2e-4},
 }
 # The sample corpus is a first look: enough steps of the larger models to see the loss fall.
-SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "val_tokens": 65_536}
+SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "eval_freq": 50, "val_tokens": 65_536}
 # Complete recipes: flags, the peak learning rate relative to the one above, and the share of the
 # length above. `fast` is the best found for the same final loss (LAB_NOTES.md); that 0.4 of the
 # tokens suffice for 124M on FineWeb-Edu is a prediction until someone has run it.
@@ -181,15 +183,19 @@ class Config:
         900.0, "seconds without progress before a process gives up", resume="machine", above=0
     )
 
-    eval_freq: int = flag(250, "steps between evaluations; 0 = off", group="evaluation")
+    eval_freq: int | None = flag(
+        None,
+        "steps between evaluations; 0 = off [250; tiny and sample run 50]",
+        group="evaluation",
+    )
     val_tokens: int | None = flag(
         None, "validation tokens read each time [2097152; tiny 16384]", least=1
     )
-    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq]")
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq, or 250]")
     hellaswag_file: str = flag(
         "data/hellaswag/hellaswag_val.jsonl", "HellaSwag items as JSON lines"
     )
-    sample_freq: int | None = flag(None, "steps between text samples [eval_freq]")
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq, or 250]")
     sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from")
     sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]", least=1)
     num_samples: int = flag(2, "samples each time", least=1)
@@ -329,11 +335,12 @@ def resolve_model(cfg: Config, device: str) -> None:
         defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
     if "epochs" in defaults:
         defaults["epochs"] *= recipe["length"]
+    rarely = 250 if cfg.eval_freq is None else cfg.eval_freq  # for what takes longer than a loss
     for name, value in defaults.items():
         if getattr(cfg, name) is None and not (name == "max_steps" and cfg.epochs is not None):
             setattr(cfg, name, value)
-    cfg.hellaswag_freq = cfg.eval_freq if cfg.hellaswag_freq is None else cfg.hellaswag_freq
-    cfg.sample_freq = cfg.eval_freq if cfg.sample_freq is None else cfg.sample_freq
+    cfg.hellaswag_freq = rarely if cfg.hellaswag_freq is None else cfg.hellaswag_freq
+    cfg.sample_freq = rarely if cfg.sample_freq is None else cfg.sample_freq
     if cfg.min_lr is None:
         cfg.min_lr = 0.1 * cfg.max_lr if cfg.schedule == "cosine" else 0.0
     if cfg.sample_tokens is None:
@@ -631,6 +638,16 @@ def restore(run: "Run", checkpoint: dict) -> None:
         if name.startswith("health_"):  # of another version, or forged: what is known counts
             value = getattr(TrainState(), name) | value
         setattr(run.state, name, value)
+
+
+def make_moments(run: "Run") -> None:
+    """Let the optimizer make its moments, by an update that is skipped on the device: what a
+    checkpoint will hold is known before the first step."""
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    run.optimizer.found_inf = torch.ones((), device=run.dist.device)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 CHECKPOINT_LAYOUT = {
@@ -1233,6 +1250,8 @@ def build(run: Run, checkpoint: dict | None):
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
+    if not run.optimizer.state:
+        make_moments(run)
     asked_to_compile = cfg.compile
     if cfg.compile is None:
         cfg.compile = dist.device.type == "cuda"
@@ -1254,7 +1273,7 @@ def build(run: Run, checkpoint: dict | None):
     content = checkpoint_of(run)
     if dist.is_main:
         saver = background.BackgroundSaver(monitor.say)
-        saver.allocate(content, at_least=summary.checkpoint_bytes(run))
+        saver.allocate(content)
     return train_model, loader, saver, monitor
 
 
@@ -1307,6 +1326,8 @@ def main() -> int:
     supervisor = Supervisor(
         dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
+    if saver is not None:
+        saver.progress = supervisor.alive  # a long write is no hang
     code = 0
     try:
         Training(run, train_model, loader, saver, monitor, supervisor).train()
@@ -1319,7 +1340,7 @@ def main() -> int:
     loader.close()
     if saver is not None and not saver.close():
         code = 1
-        path, reason = saver.failures()[-1]
+        path, reason = saver.failure
         monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)

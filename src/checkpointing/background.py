@@ -67,8 +67,8 @@ class BackgroundSaver:
             )
         try:
             for where, tensor in new.items():
-                copy = torch.empty_like(tensor, device="cpu").zero_()  # the pages exist from now on
-                self._copies[where] = copy
+                copy = torch.empty_like(tensor.detach(), device="cpu")
+                self._copies[where] = copy.zero_()  # its pages exist from now on
                 if tensor.is_cuda and tensor.nbytes >= PINNED_FROM and _pin(copy):
                     self._pinned.append(copy)
         except RuntimeError:  # a limit that /proc does not know (ulimit -v)
@@ -112,7 +112,7 @@ class BackgroundSaver:
             def copy(tensor, where):
                 if tensor.is_cuda:
                     devices.add(tensor.device)
-                return self._copies[where].copy_(tensor, non_blocking=tensor.is_cuda)
+                return self._copies[where].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
             state = map_tensors(state, copy)
             for device in devices:

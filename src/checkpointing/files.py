@@ -85,11 +85,12 @@ def map_tensors(tree, fn: Callable, where: str = "state", done: dict | None = No
 
     done = {} if done is None else done
     if isinstance(tree, torch.Tensor):
-        tensor, begin = tree.detach(), tree.untyped_storage().data_ptr()
-        seen = (tensor.device, begin, tensor.storage_offset(), tensor.shape, tensor.stride())
-        seen += (tensor.dtype,)
+        begin = id(tree)
+        if type(tree) in (torch.Tensor, torch.nn.Parameter) and tree.numel():
+            begin = tree.untyped_storage().data_ptr() or begin
+        seen = (begin, tree.storage_offset(), tree.shape, tree.stride(), tree.dtype, tree.device)
         if seen not in done:
-            done[seen] = fn(tensor, where)
+            done[seen] = fn(tree, where)
         return done[seen]
     if isinstance(tree, dict):
         for key in tree:
@@ -110,7 +111,7 @@ def _without_rest(tensor, where: str):
     """Clone a view of a larger storage: `torch.save` writes the storage, and ten rows of a large
     matrix would cost the matrix."""
     whole = tensor.untyped_storage().nbytes() <= tensor.nbytes
-    return tensor if whole else tensor.clone()
+    return tensor.detach() if whole else tensor.detach().clone()
 
 
 class _SealingWriter:

@@ -63,49 +63,7 @@ def extremes(x, y):
 UNITS = 4000  # of the drawing, in both directions
 FAINT_RUNS = 3  # with more runs in a chart, raw curves behind the smooth ones would hide them
 BEADS = 40  # a curve with more points than these has no dots
-# (light, dark): told apart on both grounds, the first two also with any colour vision.
-COLORS = (
-    ("#0068b5", "#5cb3ff"), ("#d65a00", "#ff9248"), ("#00875f", "#2fd39b"), ("#b9387f", "#f47cbc"),
-    ("#7a56d6", "#b79dff"), ("#947000", "#e0b92b"), ("#00859c", "#3cd0e8"), ("#c22a2a", "#ff7b72"),
-    ("#5f7d00", "#b5d33d"), ("#85512c", "#d0a27e"), ("#46556b", "#a8b6cb"), ("#b032c4", "#e58bf5"),
-)  # fmt: skip
-DASHES = ("none", "7 3", "2 2.5", "9 2.5 2 2.5")
-CSS = (
-    """
-.plot { position: relative; height: 15rem; margin: .3rem 0 2.3rem 3.2rem; }
-.small .plot { height: 7rem; }
-.plot svg { width: 100%; height: 100%; display: block; border-bottom: 1px solid var(--soft); }
-.plot path { fill: none; vector-effect: non-scaling-stroke; stroke: currentColor;
-             stroke-width: 1.7px; stroke-linejoin: round; }
-.plot .faint { stroke-width: .8px; opacity: .38; }
-.plot .dots { stroke-width: 6px; stroke-linecap: round; stroke-dasharray: none; }
-.plot .grid { color: var(--line); stroke-width: 1px; }
-.plot .goal { color: var(--soft); stroke-width: 1px; stroke-dasharray: 2 3; }
-.plot .marks { stroke-width: 1.5px; color: var(--bad); }
-.plot span { position: absolute; color: var(--soft); font-size: .72rem; line-height: 1;
-             white-space: nowrap; font-variant-numeric: tabular-nums; }
-.plot .y { right: 100%; padding-right: .4rem; transform: translateY(50%); }
-.plot .x { top: 100%; padding-top: .4rem; transform: translateX(-50%); }
-.plot .x:nth-last-of-type(2) { transform: translateX(-85%); }
-.plot .name { top: 100%; padding-top: 1.4rem; left: 0; right: 0; text-align: center; }
-.plot .goalname { right: .2rem; padding-bottom: .15rem; }
-.legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap;
-          gap: .1rem 1rem; font-size: .8rem; }
-.legend li { overflow-wrap: anywhere; }
-.legend svg { width: 1.7rem; height: .6rem; margin-right: .35rem; overflow: visible; }
-.legend path { fill: none; stroke: currentColor; stroke-width: 2px; }
-.legend .faint { stroke-width: 1px; opacity: .5; }
-.legend .dots { stroke-width: 6px; stroke-linecap: round; stroke-dasharray: none; }
-.legend .marks { color: var(--bad); }
-"""
-    + "".join(f".c{i} {{ color: {light}; }}\n" for i, (light, _) in enumerate(COLORS))
-    + "".join(
-        f".c{i} {{ stroke-dasharray: {DASHES[i % len(DASHES)]}; }}\n" for i in range(len(COLORS))
-    )
-    + "@media (prefers-color-scheme: dark) {\n"
-    + "".join(f".c{i} {{ color: {dark}; }}\n" for i, (_, dark) in enumerate(COLORS))
-    + "}\n"
-)
+COLORS = 12  # in page.css
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -270,7 +228,7 @@ class Chart:
 
 
 def color(run) -> str:
-    return f"c{run.style % len(COLORS)}"
+    return f"c{run.style % COLORS}"
 
 
 # --- Charts ---------------------------------------------------------------------------------------

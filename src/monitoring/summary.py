@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,13 @@ from basics import durable, host, words
 from checkpointing import files as checkpoint_files
 from checkpointing import run_folders
 from training import memory as step_memory
+
+
+def watching(cfg) -> str:
+    """Return how to see the charts as they are. Smoothing, 0.6 unless an address says otherwise,
+    averages over points: a validation loss, which has few, would be drawn above its values."""
+    address = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+    return f"tensorboard --logdir={shlex.quote(cfg.tensorboard_dir)} and {address}"
 
 
 def plan(run) -> str:
@@ -63,6 +71,8 @@ def plan(run) -> str:
         f"{Path(cfg.tensorboard_dir, cfg.run_name)}"
         + (f" (about {log_bytes(run) / 1e6:,.1f} MB)" if cfg.use_tensorboard else ""),
     }
+    if cfg.use_tensorboard:
+        rows["watch"] = watching(cfg)
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
@@ -267,6 +277,6 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
     ]
     if cfg.use_tensorboard:
         rows.append(f"TensorBoard   {Path(cfg.tensorboard_dir, cfg.run_name)}")
-        rows.append(f"watch         tensorboard --logdir={cfg.tensorboard_dir}")
+        rows.append(f"watch         {watching(cfg)}")
     rows.append(f"{'train longer' if finished else 'go on':<13} " + f"\n{'':<14}".join(commands))
     return "\n".join(rows)

@@ -114,7 +114,8 @@ class Supervisor:
                 self._on_lost(peers.lost)
 
     def alive(self, waiting: bool = False) -> None:
-        """Say "I am alive", unless `waiting` for something that may never come."""
+        """Say "I am alive", unless `waiting` for something that may never come;
+        from whichever thread."""
         now = time.monotonic()
         if not waiting:
             self._beat = now

@@ -128,6 +128,7 @@ class Content:
 
     def __init__(self, file: SourceFile, raw=None):
         self.file, self.damage, self.exact = file, "", True
+        self.given = self.rest = 0  # bytes unpacked; of these, behind a damaged record
         self.raw = raw or open_raw(file)
         if isinstance(self.raw, io.RawIOBase):
             self.raw = io.BufferedReader(self.raw, 1 << 20)
@@ -144,18 +145,20 @@ class Content:
 
     def lost(self) -> int:
         """Bytes of the file that are not read, or that nothing is known of."""
-        return max(1, self.file.size - self.position()) if self.exact else self.file.size
+        if not self.exact:
+            return self.file.size
+        rest = self.rest * self.position() // max(1, self.given)
+        return max(1, self.file.size - self.position() + rest)
 
     def __iter__(self):
         chunks = without_mark(self.unpacked())
         return self.decoded(chunks) if self.file.encoding else chunks
 
     def unpacked(self):
-        given = 0
         try:
             read = unpacker(self.raw, self.file.compression)
             while chunk := read(1 << 16):
-                given += len(chunk)
+                self.given += len(chunk)
                 yield chunk
         except DAMAGE as e:
             if not self.file.compression or getattr(e, "errno", None):
@@ -165,7 +168,7 @@ class Content:
             self.damage = str(e)
             self.exact = isinstance(e, EOFError) or "truncated" in str(e).lower()
             if not self.file.pipe:
-                yield self.rest_before_damage(given)
+                yield self.rest_before_damage(self.given)
 
     def rest_before_damage(self, skip: int) -> bytes:
         """Come here again, and go on byte by byte: a read that fails loses what it had."""
@@ -238,6 +241,7 @@ def json_records(content: Content):
         if len(pieces) == 1 or len(pieces[0]) > MAX_RECORD:
             if text.strip() or inside:
                 content.damage = content.damage or f"a record is no JSON or not closed: {problem}"
+                content.rest = len(text.encode(errors="ignore"))
             return
 
 
@@ -279,6 +283,7 @@ def csv_records(content: Content, key: str):
             kept.clear()
         if last is not None:
             if quote_is_open(before, separators[0]):
+                content.rest = sum(map(len, before))
                 raise csv.Error("the file ends inside of a quoted field")
             yield last[column] if len(last) > column else None
     except csv.Error as e:
@@ -320,7 +325,9 @@ def open_parquet(path: str, size: int, key: str):
         if "://" in path:  # a column of a row group in one request
             parquet = pq.ParquetFile(RemoteFile(path, size), pre_buffer=True)
         else:  # page by page, however large a row group is
-            parquet = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+            named = path.isascii() or os.fsencode(path).decode(errors="replace") == path
+            source = path if named else open(path, "rb")  # noqa: SIM115  pyarrow wants UTF-8
+            parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
     except (OSError, pa.ArrowException) as e:
         raise ValueError(f"{path} is no whole Parquet file ({e}): fetch it again") from None
     if key not in parquet.schema_arrow.names:

@@ -284,7 +284,7 @@ def arrow_spans(index: int, file: SourceFile, key: str, place: int):
 
     done = before = 0
     try:
-        with pa.OSFile(file.path) as raw:
+        with open_raw(file) as raw:
             reader = open_arrow(file.path, raw, key)
             for batch in batches(reader):
                 batch = batch.select([key])

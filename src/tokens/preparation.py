@@ -159,9 +159,9 @@ class Place:
         return place
 
 
-def odd_documents(place: Place) -> list[str]:
+def odd_documents(place: Place, keys=tuple(corpus.COUNTS)) -> list[str]:
     """What was odd about documents, with its count."""
-    odd = [f"{n:,} {words}" for key, words in corpus.COUNTS.items() if (n := place.counts[key])]
+    odd = [f"{n:,} {corpus.COUNTS[key]}" for key in keys if (n := place.counts[key])]
     if place.fields:
         odd.append(f"records have {', '.join(map(str, place.fields[:9]))} (--text_key)")
     return odd
@@ -280,20 +280,32 @@ class Preparation:
         odd = ", ".join(odd_documents(self.place)) or "no data"
         return f"no document was found with --text_key {self.options['text_key']}: {odd}"
 
-    def losses(self, size: int, left_out: int) -> dict[str, float]:
-        """What of the source is not in the shards, in words, and its share. size: bytes of all
-        files, 0 if unknown; left_out: bytes of those that were not read."""
+    def refuse_losses(self, allowed: float, size: int, left_out: int) -> None:
+        """ValueError if more of the source than the share `allowed` is not in the shards.
+
+        size: bytes of all files, 0 if unknown. left_out: bytes of those that were not read.
+        """
         place, counts = self.place, self.place.counts
         skipped = sum(counts[key] for key in corpus.SKIPPED)
-        documents = counts["documents"] + skipped
         lost, size = place.lost + left_out, max(size, place.weight + place.lost) + left_out
-        return {
-            f"{skipped:,} of {documents:,} documents": skipped / max(1, documents),
-            f"{lost:,} of {size:,} bytes": lost / max(1, size),
-            f"{counts['replaced']:,} of {counts['characters']:,} characters": (
-                counts["replaced"] / max(1, counts["characters"])
-            ),
-        }
+        losses = (
+            (skipped, counts["documents"] + skipped, "documents", corpus.SKIPPED),
+            (lost, size, "bytes", ()),
+            (counts["replaced"], counts["characters"], "characters", ("invalid_utf8",)),
+        )
+        losses = [loss for loss in losses if loss[0] > allowed * loss[1]]
+        if not losses or not place.tokens:
+            return
+        what = " and ".join(f"{n:,} of {total:,} {name}" for n, total, name, _ in losses)
+        reasons = odd_documents(place, [key for *_, keys in losses for key in keys])
+        reasons += place.damage if any(name == "bytes" for *_, name, _ in losses) else []
+        said = f"--allow_skipped {allowed:g}: {what} cannot be used: {'; '.join(reasons)}"
+        if not self.shards:
+            raise Unusable(f"{said}; mend that, or allow more")
+        raise ValueError(
+            f"{said}; {self.out} is whole but for its manifest: the same command with a larger "
+            "--allow_skipped goes on from here; to mend the source remove the folder first"
+        )
 
     def discard(self) -> None:
         """Remove everything that was written."""
