@@ -144,17 +144,19 @@ def _json(value: dict) -> bytes:
 def run_facts(checkpoint: dict) -> dict[str, str]:
     """What a checkpoint knows of its run, as a table of the model card."""
     config, state, data = checkpoint["config"], checkpoint["state"], checkpoint["data"]
-    seen = checkpoint["step"] * config["total_batch_size"]
-    made_on = checkpoint["machine"]
+    seen = state.get("tokens", checkpoint["step"] * config["total_batch_size"])  # kept since 2026
+    made_on, epochs = checkpoint["machine"], state["position"] * config["seq_len"] / data["tokens"]
     facts = {
         "steps": f"{checkpoint['step']:,} of {config['max_steps']:,}",
-        "tokens seen": f"{seen:,} ({seen / data['tokens']:.2f} epochs)",
+        "tokens seen": f"{seen:,} ({epochs:.2f} epochs of the training data)",
         "training data": f"{config['data_dir']}: {data['tokens']:,} tokens, fingerprint "
         f"{data['fingerprint']}",
         "first weights": config.get("init_from") or "random, as GPT-2's",
         "training time": f"{state['train_seconds'] / 3600:.2f} hours on {made_on['world_size']} x "
         f"{made_on['device_type']}, {config['dtype']}",
     }
+    if state.get("changes"):
+        facts["changed on the way"] = "; ".join(state["changes"])
     if math.isfinite(state["validation_loss"]):
         loss = state["validation_loss"]
         facts["validation loss"] = (
@@ -173,28 +175,19 @@ def hyperparameters(config: dict) -> dict[str, str]:
     """The part of the configuration that the weights depend on."""
     from train_improved import Config
 
-    table, group = {}, None
-    for field in dataclasses.fields(Config):
-        group = field.metadata["group"] or group
-        value, resume = config.get(field.name), field.metadata["resume"]
-        if group not in ("evaluation", "output") and resume != "machine" and value is not None:
-            table[field.name] = f"{value:g}" if isinstance(value, float) else str(value)
-    return table
+    learned = [f.name for f in dataclasses.fields(Config) if f.metadata["learned"]]
+    values = {name: config[name] for name in learned if config.get(name) is not None}
+    return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in values.items()}
 
 
 def command(checkpoint: dict) -> str:
     """What starts such a run: its flags as they were given."""
+    from runtime import flags
     from train_improved import Config
 
-    words = ["python src/train_improved.py"]
-    for field in dataclasses.fields(Config):
-        value = checkpoint["config"].get(field.name)
-        if field.name in checkpoint["asked"] and field.metadata["resume"] != "machine":
-            if isinstance(value, bool):
-                words.append(f"--{field.name}" if value else f"--no-{field.name}")
-            else:
-                words.append(f"--{field.name} {shlex.quote(str(value))}")
-    return " ".join(words)
+    kept = [f.name for f in dataclasses.fields(Config) if f.metadata["resume"] != flags.COMMAND]
+    given = {n: checkpoint["config"].get(n) for n in kept if n in checkpoint["asked"]}
+    return shlex.join(["python", "src/train_improved.py", *flags.words(given, Config)])
 
 
 def model_card(checkpoint: dict, shape: dict, name: str, out: Path) -> str:

@@ -63,11 +63,7 @@ def differing(runs: list[Run]) -> list[str]:
     if names:
         from train_improved import Config
 
-        idle = {
-            f.name
-            for f in dataclasses.fields(Config)
-            if not f.metadata.get("learned", f.metadata["resume"] == "hyper")
-        }
+        idle = {f.name for f in dataclasses.fields(Config) if not f.metadata["learned"]}
         names = [name for name in names if name not in idle]
     asked = {"model"}.union(*(run.record.get("asked", ()) for run in known))
     names = [name for name in names if name in asked] or names

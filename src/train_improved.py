@@ -23,7 +23,8 @@ from datetime import datetime
 from pathlib import Path
 
 from basics import terminal
-from runtime.flags import flag, parse_flags, to_toml
+from basics.inputs import about, wrong
+from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line, to_toml
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
 if __name__ == "__main__":
@@ -33,6 +34,7 @@ if __name__ == "__main__":
 # The fields of Config are the flags: one place for type, default, help and unit. None means
 # "decided for you": `resolve` decides, and the start-up summary and config.json say what.
 
+SHAPE = ("n_layer", "n_head", "n_embd", "seq_len")
 PRESETS = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 128},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "seq_len": 1024},
@@ -83,203 +85,148 @@ def under_recipe(values: dict, name: str) -> dict:
 class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
 
-    recipe: str = flag(
-        "reference",
-        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
-        group="model",
-        choices=tuple(RECIPES),
-        overrides=under_recipe,
-    )
-    model: str | None = flag(
-        None,
-        "size [gpt2 on a GPU, else tiny]",
-        choices=tuple(PRESETS),
-        overrides=("n_layer", "n_head", "n_embd", "seq_len"),
-    )
-    n_layer: int | None = flag(None, "blocks [of the model]", least=1)
-    n_head: int | None = flag(None, "attention heads per block [of the model]", least=1)
-    n_embd: int | None = flag(None, "width, in channels [of the model]", least=1)
-    seq_len: int | None = flag(None, "context length, in tokens [of the model]", least=1)
-    init_from: str | None = flag(
-        None,
-        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
-        "checkpoint, latest [random ones]",
-    )
-
-    data_dir: str | None = flag(
-        None,
+    # fmt: off
+    model: str | None = flag(None, "size [gpt2 on a GPU, else tiny]",
+        group="what most runs need", choices=tuple(PRESETS), overrides=SHAPE)
+    data_dir: str | None = flag(None,
         "folder of token shards, or a mixture, a:0.7 b:0.3 "
-        "[data/fineweb_edu_10B if prepared, else a small sample corpus]",
-        group="data",
-        several=True,
-    )
-    allow_data_change: bool = flag(
-        False, "resume although the data is not what the checkpoint saw", resume="machine"
-    )
-    verify_data: bool = flag(False, "check each shard's SHA-256 before step 0", resume="machine")
+        "[data/fineweb_edu_10B if prepared, else a small sample corpus]", several=True, path=True)
+    max_steps: int | None = flag(None,
+        "steps of the whole run; wins over --epochs [from it; tiny 600; else 200 on the sample]",
+        least=1, derived_from="model epochs total_batch_size data_dir")
+    run_name: str | None = flag(None, "of the run's folders [model and time]", resume=COMMAND)
+    use_tensorboard: bool = flag(False, "log to TensorBoard", resume=COMMAND)
+    resume: str | None = flag(None,
+        "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
+        path=True, resume=COMMAND)
 
-    total_batch_size: int | None = flag(
-        None,
+    recipe: str = flag("reference",
+        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
+        group="model", choices=tuple(RECIPES), overrides=under_recipe)
+    n_layer: int | None = flag(None, "blocks [of the model]", least=1, derived_from="model")
+    n_head: int | None = flag(None, "heads per block [of the model]", least=1, derived_from="model")
+    n_embd: int | None = flag(None, "width, channels [of the model]", least=1, derived_from="model")
+    seq_len: int | None = flag(None, "context length, in tokens [of the model]",
+        least=1, derived_from="model")
+    init_from: str | None = flag(None,
+        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
+        "checkpoint, latest [random ones]", path=True)
+
+    allow_data_change: bool = flag(False, "resume although the data is not what the checkpoint saw",
+        group="data", resume=COMMAND)
+    verify_data: bool = flag(False, "check each shard's SHA-256 before step 0", resume=COMMAND)
+
+    total_batch_size: int | None = flag(None,
         "tokens per step, over all processes and micro-batches "
         "[524288; tiny 1024; else 16384 on the sample corpus]",
-        group="batch and length",
-        least=1,
-    )
-    micro_batch_size: int | None = flag(
-        None,
+        group="batch and length", least=1, derived_from="model data_dir")
+    micro_batch_size: int | None = flag(None,
         "sequences per forward pass and process [the largest that fits]",
-        resume="exact",
-        least=1,
-    )
-    epochs: float | None = flag(
-        None, "passes over the training data [5]", above=0, overrides=("max_steps",)
-    )
-    max_steps: int | None = flag(
-        None,
-        "steps of the whole run; wins over --epochs [from it; tiny 600; else 200 on the sample]",
-        least=1,
-    )
-    max_hours: float | None = flag(
-        None, "save and stop cleanly after this many hours [no limit]", resume="machine", above=0
-    )
+        least=1, derived_from="total_batch_size", resume=SAME_MACHINE, learned=False)
+    epochs: float | None = flag(None, "passes over the training data [5]",
+        above=0, derived_from="model", overrides=("max_steps",))
+    max_hours: float | None = flag(None, "save and stop cleanly after this many hours [no limit]",
+        above=0, resume=COMMAND)
     seed: int = flag(1337, "of initial weights, data order and samples")
 
-    optimizer: str = flag(
-        "adamw",
+    optimizer: str = flag("adamw",
         "adamw, or muon on the matrices inside the blocks and adamw on the rest",
-        group="optimizer",
-        choices=("adamw", "muon"),
-    )
-    max_lr: float | None = flag(
-        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]", above=0
-    )
-    min_lr: float | None = flag(
-        None, "learning rate of the last step [cosine a tenth of max_lr, else 0]"
-    )
-    schedule: str = flag(
-        "cosine",
+        group="optimizer", choices=("adamw", "muon"))
+    max_lr: float | None = flag(None,
+        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+        above=0, derived_from="model")
+    min_lr: float | None = flag(None,
+        "learning rate of the last step [cosine a tenth of max_lr, else 0]",
+        derived_from="max_lr schedule")
+    schedule: str = flag("cosine",
         "after the warm-up: cosine to min_lr, linear to it, or wsd: stable, then linear to it",
-        choices=("cosine", "linear", "wsd"),
-    )
+        choices=("cosine", "linear", "wsd"))
     decay_share: float = flag(0.2, "share of the run in which wsd decays", above=0)
-    warmup_steps: int | None = flag(
-        None, "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]"
-    )
+    warmup_steps: int | None = flag(None,
+        "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]",
+        derived_from="max_steps total_batch_size schedule")
     weight_decay: float = flag(0.1, "share of the matrices taken away at learning rate 1")
     momentum: float = flag(0.95, "decay of Muon's momentum")
     beta1: float = flag(0.9, "decay of AdamW's first moment")
     beta2: float = flag(0.95, "decay of AdamW's second moment")
     grad_clip: float = flag(1.0, "largest gradient norm applied; 0 = no clipping")
 
-    skip_spikes: bool = flag(
-        False, "skip updates whose loss is a far outlier, not only non-finite ones", group="guard"
-    )
-    spike_sigmas: float = flag(
-        6.0, "standard deviations above the last 128 losses that are far", above=0
-    )
+    skip_spikes: bool = flag(False,
+        "skip updates whose loss is a far outlier, not only non-finite ones", group="guard")
+    spike_sigmas: float = flag(6.0, "standard deviations above the last 128 losses that are far",
+        above=0)
     max_skips: int = flag(10, "skipped updates in a row before going back to a checkpoint", least=1)
     max_rollbacks: int = flag(3, "times to go back before giving up")
-    hang_timeout: float = flag(
-        900.0, "seconds without progress before a process gives up", resume="machine", above=0
-    )
+    hang_timeout: float = flag(900.0, "seconds without progress before a process gives up",
+        above=0, resume=COMMAND)
 
-    eval_freq: int | None = flag(
-        None,
+    eval_freq: int | None = flag(None,
         "steps between evaluations; 0 = off [250; tiny and sample run 50]",
-        group="evaluation",
-    )
-    val_tokens: int | None = flag(
-        None, "validation tokens read each time [2097152; tiny 16384]", least=1
-    )
-    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq, or 250]")
-    hellaswag_file: str = flag(
-        "data/hellaswag/hellaswag_val.jsonl", "HellaSwag items as JSON lines"
-    )
-    sample_freq: int | None = flag(None, "steps between text samples [eval_freq, or 250]")
-    sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from")
-    sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]", least=1)
-    num_samples: int = flag(2, "samples each time", least=1)
+        group="evaluation", derived_from="model data_dir", learned=False)
+    val_tokens: int | None = flag(None, "validation tokens read each time [2097152; tiny 16384]",
+        least=1, derived_from="model data_dir", learned=False)
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq, or 250]",
+        derived_from="eval_freq", learned=False)
+    hellaswag_file: str = flag("data/hellaswag/hellaswag_val.jsonl",
+        "HellaSwag items as JSON lines", path=True, learned=False)
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq, or 250]",
+        derived_from="eval_freq", learned=False)
+    sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from",
+        learned=False)
+    sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]",
+        least=1, derived_from="sample_prompt seq_len", learned=False)
+    num_samples: int = flag(2, "samples each time", least=1, learned=False)
 
-    run_name: str | None = flag(
-        None, "of the run's folders [model and time]", group="output", resume="machine"
-    )
-    use_tensorboard: bool = flag(False, "log to TensorBoard", resume="machine")
-    tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME", resume="machine")
-    log_jsonl: bool = flag(
-        False, "log scalars to metrics.jsonl in that folder as JSON lines", resume="machine"
-    )
-    histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off")
-    checkpoint_dir: str = flag(
-        "checkpoints", "checkpoints go to this folder/RUN_NAME", resume="machine"
-    )
-    checkpoint_freq: int = flag(250, "steps between checkpoints; 0 = only at the end")
-    keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one", least=1)
-    keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off")
-    resume: str | None = flag(
-        None,
-        "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
-        resume="machine",
-    )
-    decay_from: str | None = flag(
-        None,
+    tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME",
+        group="output", path=True, resume=COMMAND)
+    log_jsonl: bool = flag(False, "log scalars to metrics.jsonl in that folder as JSON lines",
+        resume=COMMAND)
+    histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off",
+        learned=False)
+    checkpoint_dir: str = flag("checkpoints", "checkpoints go to this folder/RUN_NAME",
+        path=True, resume=COMMAND)
+    checkpoint_freq: int = flag(250, "steps between checkpoints; 0 = only at the end",
+        learned=False)
+    keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one",
+        least=1, learned=False)
+    keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off",
+        learned=False)
+    decay_from: str | None = flag(None,
         "branch off a wsd run: decay at once from this checkpoint, as a new run [do not branch]",
-        resume="machine",
-        overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"),
-    )
+        path=True, resume=COMMAND,
+        overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"))
 
-    device: str | None = flag(
-        None, "cuda, cpu or mps [the best there is]", group="machine", resume="machine"
-    )
-    dtype: str = flag(
-        "auto",
-        "precision of products; auto is bfloat16 where the device has it",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        resume="exact",
-    )
-    shard: bool = flag(
-        False,
+    device: str | None = flag(None, "cuda, cpu or mps [the best there is]",
+        group="machine", resume=COMMAND)
+    dtype: str = flag("auto", "precision of products; auto is bfloat16 where the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"), resume=SAME_MACHINE)
+    shard: bool = flag(False,
         "each process keeps a share of weights, gradients and moments (FSDP2), not all of them",
-        resume="machine",
-    )
-    activation_checkpointing: bool = flag(
-        False,
+        resume=COMMAND)
+    activation_checkpointing: bool = flag(False,
         "compute each block again in the backward pass: less memory, a third more work",
-        resume="machine",
-    )
-    compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume="machine")
-    profile: bool = flag(
-        False, "write a trace of steps 4 to 6 of this command to the log folder", resume="machine"
-    )
+        resume=COMMAND)
+    compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume=COMMAND)
+    profile: bool = flag(False, "write a trace of steps 4 to 6 of this command to the log folder",
+        resume=COMMAND)
 
-    config: str | None = flag(
-        None,
-        "TOML file of flags; the command line wins [none]",
-        group="before the run",
-        resume="machine",
-        in_file=False,
-    )
-    print_config: bool = flag(
-        False,
-        "print every flag as decided, for --config, and stop",
-        resume="machine",
-        in_file=False,
-    )
-    dry_run: bool = flag(False, "print the whole plan and stop", resume="machine", in_file=False)
-    doctor: bool = flag(
-        False,
-        "check machine and plan, measure speed, say what to fix, and stop",
-        resume="machine",
-        in_file=False,
-    )
+    config: str | None = flag(None, "TOML file of flags; the command line wins [none]",
+        group="before the run", path=True, resume=COMMAND, in_file=False)
+    print_config: bool = flag(False, "print every flag as decided, for --config, and stop",
+        resume=COMMAND, in_file=False)
+    dry_run: bool = flag(False, "print the whole plan and stop", resume=COMMAND, in_file=False)
+    doctor: bool = flag(False, "check machine and plan, measure speed, say what to fix, and stop",
+        resume=COMMAND, in_file=False)
+    # fmt: on
 
 
-def parse(*more: str) -> dict:
-    """The flags that were given, {name: value}; exit code 2 and a sentence for a wrong one."""
-    return parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], [*sys.argv[1:], *more])
+def read_flags() -> CommandLine:
+    """Read the command line and its file, once; exit code 2 and a sentence for what is wrong."""
+    return read_command_line(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
 
 
-if __name__ == "__main__":
-    parse()  # PyTorch takes a second or more to load: --help and typing errors do not wait for it
+# PyTorch takes a second or more to load: --help and typing errors do not wait for it.
+COMMAND_LINE = read_flags() if __name__ == "__main__" else None
 
 # Threads that wait should sleep, not spin: with anything else running on the machine a CPU step is
 # 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
@@ -295,20 +242,13 @@ from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
-from runtime import launch, machine
+from runtime import doctor, flags, launch, machine, planning
 from runtime.distributed import Distributed
-from runtime.planning import (
-    build_sample_corpus,
-    find_checkpoint,
-    merge_config,
-    plan_decay,
-    preflight,
-    validate,
-)
+from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
-from tokens.stream import WindowSource, open_source
+from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
 from training import muon, scoring, sharding
 from training.chunked_loss import chunked_cross_entropy, next_token_losses
@@ -319,7 +259,7 @@ from training.guard import Guard, GuardGaveUp, LossScale
 
 
 def resolve_model(cfg: Config, device: str) -> None:
-    """Fill in what follows from the model's size, the device and the data there is."""
+    """Decide what follows from the model's size, the device and the data there is."""
     cfg.model = cfg.model or ("gpt2" if device == "cuda" else "tiny")
     if cfg.data_dir is None:
         cfg.data_dir = FINEWEB_DIR if Path(FINEWEB_DIR, "manifest.json").exists() else SAMPLE_DIR
@@ -348,13 +288,16 @@ def resolve_model(cfg: Config, device: str) -> None:
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
 
 
-def resolve_init(cfg: Config, given: dict, dist: Distributed) -> dict:
-    """Of --init_from: take its shape, return its weights, {} on ranks other than 0."""
+def resolve_init(cfg: Config, flags_now: dict, dist: Distributed) -> dict:
+    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
     weights = {}
 
     def read():
-        preset = PRESETS.get(given.get("model"), {})
-        shape, found = pretrained.for_training(cfg.init_from, given, preset, cfg.checkpoint_dir)
+        preset = PRESETS.get(flags_now.get("model"), {})
+        with about("init_from", cfg.init_from):
+            shape, found = pretrained.for_training(
+                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
+            )
         weights.update(found)
         return shape
 
@@ -365,14 +308,17 @@ def resolve_init(cfg: Config, given: dict, dist: Distributed) -> dict:
     return weights
 
 
-def resolve_length(cfg: Config, train_tokens: int) -> None:
-    """Fill in what follows from the amount of data."""
+def resolve_length(cfg: Config, train_tokens: int, step: int = 0, seen: int = 0) -> None:
+    """Decide what follows from the amount of data, of which `seen` tokens are behind `step`."""
     if cfg.max_steps is None:
-        cfg.max_steps = int(cfg.epochs * (train_tokens // cfg.total_batch_size))
+        steps = cfg.epochs * (train_tokens // cfg.total_batch_size) - seen / cfg.total_batch_size
+        cfg.max_steps = step + int(min(max(steps, 0), flags.BELOW / 2))
         if cfg.max_steps == 0:
-            raise ValueError(
-                f"--epochs {cfg.epochs:g}: {train_tokens:,} training tokens are less than one step "
-                f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
+            raise wrong(
+                "epochs",
+                f"{cfg.epochs:g}",
+                f"{train_tokens:,} training tokens are less than one step of --total_batch_size "
+                f"{cfg.total_batch_size}; use a smaller batch or more data",
             )
     if cfg.warmup_steps is None:
         longest = cfg.max_steps // 10
@@ -560,7 +506,8 @@ class TrainState:
     """All that a resume needs beside weights, optimizer and random numbers; plain values only."""
 
     step: int = 0  # finished updates
-    position: int = 0  # windows of training data consumed
+    position: int = 0  # windows of this training data consumed
+    tokens: int = 0  # in the finished updates, of whatever batch size and data
     evaluated_step: int = -1  # last step whose evaluation is complete and logged
     validation_loss: float = math.inf  # of the last evaluation
     best_loss: float = math.inf
@@ -573,6 +520,7 @@ class TrainState:
     total_seconds: float = 0.0  # since the very first start, while a process was running
     device_seconds: float = 0.0  # the same times the number of processes
     watt_seconds: float = 0.0  # energy of the devices, where they report it
+    changes: list = dataclasses.field(default_factory=list)  # by resumes, that changed learning
     health_memory: dict = dataclasses.field(default_factory=health.new_memory)
     health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
 
@@ -593,7 +541,7 @@ def checkpoint_of(run: "Run") -> dict:
         "optimizer": optimizer,
         "step": run.state.step,
         "config": dataclasses.asdict(run.cfg),
-        "asked": sorted(run.asked),
+        "asked": sorted(run.flags_ever_given),
         "state": dataclasses.asdict(run.state),
         "rng": rng,
         "loss_scale": [run.loss_scale.scale, run.loss_scale.good_steps],
@@ -606,6 +554,8 @@ def checkpoint_of(run: "Run") -> dict:
 
 def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
+    vars(run.state).update(vars(state_of(checkpoint, run.cfg, run.train_data)))
+    run.state.changes += [change for change in run.changes if change not in run.state.changes]
 
     def here(tensor, like):
         if run.dist.world_size == 1 or not isinstance(tensor, torch.Tensor):
@@ -634,10 +584,25 @@ def restore(run: "Run", checkpoint: dict) -> None:
     torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
     if device.type == "cuda" and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
-    for name, value in checkpoint["state"].items():
+
+
+def state_of(checkpoint: dict, cfg: Config, train_data: WindowSource) -> TrainState:
+    """Return what is past. What was found on other data than this run's begins anew."""
+    saved = {"tokens": checkpoint["step"] * checkpoint["config"]["total_batch_size"]}
+    saved |= checkpoint["state"]  # in older ones without "tokens"
+    state = TrainState()
+    for name, value in vars(state).items():
         if name.startswith("health_"):  # of another version, or forged: what is known counts
-            value = getattr(TrainState(), name) | value
-        setattr(run.state, name, value)
+            setattr(state, name, value | saved.get(name, {}))
+        else:
+            setattr(state, name, saved.get(name, value))
+    if checkpoint["config"]["val_tokens"] != cfg.val_tokens:
+        state.best_loss = math.inf
+    if checkpoint["data"]["fingerprint"] != train_data.fingerprint:
+        state.position, state.recent_losses = 0, []
+        state.validation_loss = state.best_loss = math.inf
+        state.health_memory = health.new_memory()
+    return state
 
 
 def make_moments(run: "Run") -> None:
@@ -678,36 +643,19 @@ def load_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def read_checkpoint(dist: Distributed, find: Callable) -> tuple[Path | None, dict | None]:
-    """The newest of the checkpoints that `find()` -> path finds on the machines' disks, which may
-    be one disk: (its path, what is in it), on all ranks. One rank reads it; the others get the
-    large tensors when they are restored, and have only their shapes (`meta`) here."""
-
-    def look():
-        path = None
-        try:
-            path = find() if dist.is_node_main else None
-            return path and files.read_info(path).get("saved_at", 0.0), path and str(path), None
-        except ValueError as error:
-            return None, None, str(error)
-
-    looks = dist.everywhere(look)
-    found = [(saved_at, -rank, path) for rank, (saved_at, path, _) in enumerate(looks) if path]
-    if not found:
-        for error in filter(None, (error for _, _, error in looks)):
-            raise ValueError(error)
-        return None, None
-    _, rank, path = max(found)
+def read_checkpoint(dist: Distributed, path: Path, rank: int) -> dict:
+    """Return what is in a checkpoint, on all ranks. `rank` reads it; on the others the large
+    tensors, which they get from it when they are restored, are but shapes (`meta`)."""
     checkpoint = {}
 
-    def load():
-        checkpoint.update(load_checkpoint(Path(path)))
+    def read():
+        checkpoint.update(load_checkpoint(path))
         large = ("model", "optimizer") if dist.world_size > 1 else ()
         shapes = {k: files.map_tensors(checkpoint[k], lambda t, _: t.to("meta")) for k in large}
         return checkpoint | shapes
 
-    everyones = dist.on_rank(-rank, load)
-    return Path(path), everyones | checkpoint | {"read_by": -rank}
+    everyones = dist.on_rank(rank, read)
+    return everyones | checkpoint | {"read_by": rank}
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -781,7 +729,7 @@ class Run:
     """What the parts of a run share."""
 
     cfg: Config
-    asked: set[str]  # names of the flags that were given, now or when the run began
+    flags_ever_given: set[str]  # names: by this command, or by those before it
     dist: Distributed
     train_data: WindowSource
     val_data: WindowSource
@@ -792,7 +740,8 @@ class Run:
     loss_scale: LossScale | None = None
     state: TrainState = dataclasses.field(default_factory=TrainState)
     resumed_from: Path | None = None
-    restarted: bool = False  # by this torchrun, after an earlier attempt
+    changes: list = dataclasses.field(default_factory=list)  # of this resume, that change learning
+    restarted: bool = False  # by torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
@@ -975,6 +924,7 @@ class Training:
             metrics.append(norms.measure())
         self.in_flight = InFlight(torch.cat(metrics), lr, limit, first_window=state.position)
         state.position = self.loader.position
+        state.tokens += cfg.total_batch_size
         if self.in_flight.arrived is None:
             self.read_last_metrics()  # nothing runs behind the host's back
         self.watch.step(state.step)
@@ -1027,7 +977,11 @@ class Training:
             self.saver.save(
                 path,
                 content,
-                info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
+                info={
+                    "step": state.step,
+                    "val_loss": state.validation_loss if evaluated else None,
+                    "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # the loss is of
+                },
                 on_done=written,
                 on_full=lambda: run_folders.make_room(folder, *retention),
             )
@@ -1076,7 +1030,7 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         )
     if saver is not None:  # rank 0
         saver.wait()
-    path, checkpoint = read_checkpoint(
+    path, rank = planning.newest(
         run.dist, lambda: run_folders.find_latest(folder)[0] or run.resumed_from
     )
     if path is None:
@@ -1088,7 +1042,7 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         "position": loader.position,
         "consecutive_skips": 0,
     }
-    restore(run, checkpoint)
+    restore(run, read_checkpoint(run.dist, path, rank))
     for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
@@ -1099,93 +1053,65 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
 # --- Set-up ---------------------------------------------------------------------------------------
 
 
-def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
-    """From flags to a run whose every default is decided; nothing is written but the sample corpus.
+def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
+    """Decide everything that a run needs -> (the run, the checkpoint it goes on from, if any).
 
-    ValueError for whatever the user has to change.
+    Nothing is written but the sample corpus. Raise ValueError for what the user has to change.
     """
-    options = Config(**given)  # for the flags that must be known before the checkpoint is
-    checkpoint_dir = Path(options.checkpoint_dir)
-    if options.run_name is not None:
-        run_folders.validate_run_name(options.run_name)
-    dist.agree_to_start(given)
-    begun = dist.begun(checkpoint_dir)  # by an earlier attempt of this torchrun (--max-restarts)
-    name = begun or options.run_name
-    if options.decay_from:
-        if options.resume not in (None, "auto"):
-            raise ValueError(
-                f"--resume {options.resume}: --decay_from says where to begin, give only that"
-            )
-        branched = Path(options.decay_from)
-        source = branched.resolve().parent
-        name = name or f"{source.name}-{branched.stem}-decayed"
-        if (checkpoint_dir / name).resolve() == source:
-            raise ValueError(f"--run_name {name}: is the run itself, give the branch another name")
-    path, checkpoint = read_checkpoint(
-        dist, lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
-    )
-    branches_off = path is None and options.decay_from is not None
-    if branches_off:
-        path, checkpoint = read_checkpoint(dist, lambda: Path(options.decay_from))
-        saved = Config(**checkpoint["config"])
-        given = given | plan_decay(given, saved, checkpoint["step"], last_stable_step(saved))
-    elif options.decay_from:  # goes on with the branch, which was planned when it began
-        given = {k: v for k, v in given.items() if k not in ("max_steps", "decay_share")}
-    if checkpoint is None:
-        given = RECIPES[options.recipe]["flags"] | given
+    # From where: afresh, from a checkpoint, or as a branch of one.
+    early = Config(**flags_now)  # for what must be known before the checkpoint is
+    dist.agree_to_start(flags_now)
+    start, checkpoint = planning.find_start(early, dist), None
+    if start.path is not None:
+        with about(*start.flag):
+            checkpoint = read_checkpoint(dist, start.path, start.rank)
+        saved, _ = flags.merge(Config, {}, checkpoint["config"], {*checkpoint["asked"]}, True)
+        stable = last_stable_step(saved)
+        flags_now = planning.of_branch(start, flags_now, saved, checkpoint["step"], stable)
 
-    cfg, changes = merge_config(
-        Config, PRESETS, given, checkpoint, dist.device.type, dist.world_size
-    )
+    # What: flags over the checkpoint, or over the recipe, over defaults.
+    cfg, flags_ever_given = Config(**RECIPES[early.recipe]["flags"] | flags_now), {*flags_now}
+    if checkpoint is not None:
+        device_type = dist.device.type
+        cfg, flags_ever_given = merge_config(
+            Config, PRESETS, flags_now, checkpoint, device_type, dist.world_size
+        )
     weights = {}
     if cfg.init_from and checkpoint is None:
-        weights = resolve_init(cfg, given, dist)
+        weights = resolve_init(cfg, flags_now, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
-    cfg.run_name = name or (checkpoint and checkpoint["run_name"])
     new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    cfg.run_name = start.run_name or (checkpoint and checkpoint["run_name"])
     cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
+
+    # On which data, and for how long.
     if cfg.data_dir == SAMPLE_DIR:
-        dist.on_main(lambda: build_sample_corpus(SAMPLE_DIR))
-        dist.everywhere(lambda: dist.is_node_main and build_sample_corpus(SAMPLE_DIR))
-    data = {}  # the same on all machines, each from its own disk
-
-    def open_data():
-        for split in ("train", "val"):
-            data[split] = open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed)
-        if cfg.verify_data and dist.is_node_main:
-            shards.verify(cfg.data_dir)
-        return {f"--data_dir, {split}": source.fingerprint for split, source in data.items()}
-
-    dist.agree(dist.everywhere(open_data))
-    train_data, val_data = data["train"], data["val"]
-    if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
-        if not cfg.allow_data_change:
-            raise ValueError(
-                f"--data_dir {cfg.data_dir}: {train_data.num_tokens:,} tokens with fingerprint "
-                f"{train_data.fingerprint}, but the checkpoint saw "
-                f"{checkpoint['data']['tokens']:,} with {checkpoint['data']['fingerprint']}; give "
-                "that folder, or --allow_data_change"
-            )
-        changes.append("training data: another set (--allow_data_change)")
-    resolve_length(cfg, train_data.num_tokens)
+        planning.build_sample_corpus(SAMPLE_DIR, dist)
+    train_data, val_data, items = planning.open_data(cfg, dist)
+    state = TrainState()
+    if checkpoint is not None:
+        if planning.is_other_data(cfg, checkpoint["data"], train_data):
+            for name in flags.derived(Config, {"data_dir"}, flags_ever_given):
+                setattr(cfg, name, None)
+            resolve_model(cfg, dist.device.type)
+        state = state_of(checkpoint, cfg, train_data)
+        if state.step >= saved.warmup_steps and cfg.warmup_steps is None:
+            cfg.warmup_steps = saved.warmup_steps  # it is over and does not come again
+    resolve_length(cfg, train_data.num_tokens, state.step, state.position * cfg.seq_len)
     validate(cfg, dist.world_size)
-    if checkpoint and cfg.max_steps < checkpoint["step"]:
-        raise ValueError(
-            f"--max_steps {cfg.max_steps}: the checkpoint {path} is already at step "
-            f"{checkpoint['step']}; give a larger number"
-        )
-
-    items = []
-    if cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists():
-        items = scoring.load_items(cfg.hellaswag_file)
-    dist.agree(dist.everywhere(lambda: {"--hellaswag_file, items": len(items)}))
     cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
     dtype = getattr(torch, cfg.dtype)
-    asked = set(given) | set(checkpoint["asked"] if checkpoint else ())
-    run = Run(cfg, asked, dist, train_data, val_data, items, dtype, resumed_from=path)
-    run.restarted = begun is not None
+    run = Run(cfg, flags_ever_given, dist, train_data, val_data, items, dtype, state=state)
+    run.resumed_from, run.restarted = start.path, start.restarted
     run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
+    run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    planning.check_length(run, SAMPLE_DIR)
+    if cfg.verify_data:
+        with about("data_dir", cfg.data_dir):
+            dist.everywhere(lambda: dist.is_node_main and shards.verify(cfg.data_dir))
+
+    # The model, and how much of a batch fits at a time.
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
@@ -1200,39 +1126,54 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
                 run.model, sequences, dist.device, dtype, dist.world_size, run.autocast
             )
         )
-    if dist.is_main:
-        if path is not None:
-            print(f"resuming from {path}, step {checkpoint['step']:,}")
-        for change in changes:
-            print(f"  changed since the checkpoint: {change}")
-    run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    if checkpoint is not None:
+        planning.say_changes(run, checkpoint, flags_now)
     return run, checkpoint
 
 
-def print_config(given: dict, dist: Distributed) -> int:
-    """Every flag as decided, as TOML on stdout; what else is said goes to stderr."""
+def print_config(flags_now: dict, dist: Distributed) -> int:
+    """Print every flag as decided, as TOML on stdout; what else is said goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
-        run, _ = set_up(given | {"dry_run": True}, dist)
+        run, _ = set_up(flags_now | {"dry_run": True}, dist)
     if dist.is_main:
-        decided = dataclasses.replace(run.cfg, run_name=given.get("run_name"))
-        print(to_toml(decided, "every flag as decided here; --config reads it"), end="")
+        decided = dataclasses.replace(run.cfg, run_name=flags_now.get("run_name"))
+        title = "for --config; in comments what is decided anew where this is read"
+        print(to_toml(decided, run.flags_ever_given, title), end="")
     dist.leave()
     return 0
 
 
-def compare_recipes(run: Run) -> dict[str, tuple[Config, float]]:
-    """This command's plan under each recipe, and its hours at a speed that is measured now."""
+def compare_recipes(run: Run, command: CommandLine) -> dict[str, tuple[Config, float]]:
+    """Return this command's plan under each recipe, and its hours at a speed measured now."""
     speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
     plans = {}
     for name, recipe in RECIPES.items():
-        found = ("model", "n_layer", "n_head", "n_embd", "seq_len", "data_dir")
-        found = {key: getattr(run.cfg, key) for key in found}
-        cfg = Config(**(recipe["flags"] | parse("--recipe", name) | found))
+        found = {key: getattr(run.cfg, key) for key in ("model", *SHAPE, "data_dir")}
+        cfg = Config(**(recipe["flags"] | command.values(recipe=name) | found))
         resolve_model(cfg, run.dist.device.type)
         resolve_length(cfg, run.train_data.num_tokens)
         tokens = cfg.max_steps * cfg.total_batch_size
         plans[name] = cfg, tokens / (speed * run.dist.world_size) / 3600
     return plans
+
+
+def distributed(flags_now: dict) -> Distributed:
+    return Distributed(flags_now.get("device"), flags_now.get("hang_timeout", Config.hang_timeout))
+
+
+def for_doctor(flags_now: dict) -> doctor.Program:
+    """Return what the doctor is to plan and try."""
+
+    def plan(**changes) -> Run:
+        return set_up(flags_now | changes | {"dry_run": True}, distributed(flags_now))[0]
+
+    def new_model(cfg: Config) -> tuple[GPT, torch.optim.Optimizer]:
+        model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+        return model, make_optimizer(model, cfg)
+
+    reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
+    given = Config(**flags_now)
+    return doctor.Program(given, plan, new_model, forward_backward, reference, SAMPLE_DIR)
 
 
 def build(run: Run, checkpoint: dict | None):
@@ -1277,31 +1218,29 @@ def build(run: Run, checkpoint: dict | None):
     return train_model, loader, saver, monitor
 
 
-def main() -> int:
+def main(command: CommandLine | None = None) -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
-    given = parse()
-    if given.get("doctor"):
-        from runtime import doctor
-
-        return doctor.examine(given, sys.modules[__name__])
-    dist = None
+    command = command or read_flags()
+    flags_now, dist = command.values(), None
     try:
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
-        dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
-        if given.get("print_config"):
-            return print_config(given, dist)
-        run, checkpoint = set_up(given, dist)
+        if flags_now.get("doctor"):
+            return doctor.examine(for_doctor(flags_now))
+        dist = distributed(flags_now)
+        if flags_now.get("print_config"):
+            return print_config(flags_now, dist)
+        run, checkpoint = set_up(flags_now, dist)
         if dist.is_main:
             print(summary.plan(run), flush=True)
         if run.cfg.dry_run:
             if dist.is_main and checkpoint is None:
-                print(f"\n{summary.recipes(compare_recipes(run))}", flush=True)
+                print(f"\n{summary.recipes(compare_recipes(run, command))}", flush=True)
             if dist.is_main:
-                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, given)}")
+                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, flags_now)}")
             dist.leave()
             return 0
-        dist.on_main(lambda: preflight(run, checkpoint))
+        dist.on_main(lambda: planning.preflight(run, checkpoint))
         dist.remember(run.cfg.run_name)
         train_model, loader, saver, monitor = build(run, checkpoint)
         checkpoint = None  # its memory, and its disk space once the file is deleted
@@ -1344,10 +1283,11 @@ def main() -> int:
         monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
-    monitor.say(summary.farewell(run, finished, last_stable_step(run.cfg)))
+    again = planning.next_command(run, command, finished, last_stable_step(run.cfg))
+    monitor.say(summary.farewell(run, finished, again))
     supervisor.leave(code)
     return code
 
 
 if __name__ == "__main__":
-    end(main())
+    end(main(COMMAND_LINE))

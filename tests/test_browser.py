@@ -137,11 +137,11 @@ def show(browser, address, view):
 
 @pytest.fixture
 def report_page(browser, tmp_path):
-    """report_page(view, scheme, RUN) -> (the page of `report.py RUN --serve`, its process)."""
+    """report_page(view, scheme, RUN ...) -> (page of `report.py RUN ... --serve`, its process)."""
     processes, contexts, errors = [], [], []
 
-    def open_page(view: str, scheme: str, word):
-        command = [sys.executable, ROOT / "src" / "report.py", word, "--serve", "0"]
+    def open_page(view: str, scheme: str, *words):
+        command = [sys.executable, ROOT / "src" / "report.py", *words, "--serve", "0"]
         process = subprocess.Popen(
             list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, text=True
         )
@@ -379,7 +379,7 @@ def test_a_run_that_grows_is_seen_by_the_reload_button_and_by_automatic_reload(s
 @pytest.mark.parametrize("view, scheme", [("phone", "light"), ("phone", "dark"), ("wide", "dark")])
 def test_the_report_fits_the_screen_in_light_and_dark(report_page, runs, view, scheme):
     """What matters first is in sight without scrolling, and nothing sticks out at the side."""
-    page, _ = report_page(view, scheme, runs)
+    page, _ = report_page(view, scheme, *(runs / name for name in FLOORS))
     width, height = VIEWS[view]["viewport"].values()
     assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     for name in ("training loss", "validation loss", "warnings", "trained"):
@@ -417,10 +417,10 @@ def test_the_report_is_renewed_where_it_is(report_page, tmp_path):
     page, process = report_page("phone", "light", "live")
     expect(page.locator("main > p").first).to_contain_text("step 3")
     page.locator("summary", has_text="configuration").click()
-    page.evaluate("scrollTo(0, 200)")
+    page.evaluate("scrollTo(0, 50)")
     log.scalars({"Loss/train": 2.25}, 4)
     expect(page.locator("main > p").first).to_contain_text("step 4", timeout=30_000)
-    assert page.evaluate("scrollY") == 200
+    assert page.evaluate("scrollY") == 50
     expect(page.locator("details[open]")).to_have_count(1)
     age = page.locator("time").first
     before = age.inner_text()

@@ -290,7 +290,7 @@ def test_what_can_be_branched_off():
 
 
 def test_another_optimizer_on_resume_is_refused():
-    with pytest.raises(ValueError, match=r"--optimizer adamw does not fit .* muon"):
+    with pytest.raises(ValueError, match=r"--optimizer adamw: does not fit .* muon"):
         planning.merge_config(ti.Config, ti.PRESETS, {"optimizer": "adamw"}, of_step(4), "cpu", 1)
     cfg, _ = planning.merge_config(ti.Config, ti.PRESETS, {}, of_step(4), "cpu", 1)
     assert cfg.optimizer == "muon"
@@ -298,7 +298,7 @@ def test_another_optimizer_on_resume_is_refused():
 
 def test_another_recipe_on_resume_is_refused():
     given, saved = {"recipe": "fast"}, of_step(4)
-    with pytest.raises(ValueError, match=r"--recipe fast: .* planned by --recipe reference"):
+    with pytest.raises(ValueError, match=r"--recipe fast: .* has recipe reference"):
         planning.merge_config(ti.Config, ti.PRESETS, given, saved, "cpu", 1)
     saved["config"]["recipe"] = "fast"
     cfg, _ = planning.merge_config(ti.Config, ti.PRESETS, given, saved, "cpu", 1)

@@ -121,4 +121,5 @@ def print_error(error: Exception | str) -> None:
     if isinstance(error, OSError) and error.strerror:
         error = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
     sys.stdout.flush()  # what was said before comes first
-    print(marked(f"error: {error}", sys.stderr), file=sys.stderr, flush=True)
+    for line in str(error).splitlines() or [""]:
+        print(marked(f"error: {line}", sys.stderr), file=sys.stderr, flush=True)

@@ -260,13 +260,13 @@ class Health:
         self, validation_loss: float | None, hellaswag: float | None
     ) -> list[tuple[Check, str]]:
         """Take an evaluation after run.state.step into account; None: was not due."""
-        state, cfg = self.run.state, self.run.cfg
+        state = self.run.state
         memory, said = state.health_memory, []
         again = state.position >= self.run.train_data.num_windows  # before that nothing is repeated
         if validation_loss is not None and again and len(memory["losses"]) == CHECK_EVERY:
             gap = validation_loss - statistics.median(memory["losses"])
             said += self._judge("overfitting", gap)
-        if hellaswag is not None and state.step * cfg.total_batch_size >= HELLASWAG_TOKENS:
+        if hellaswag is not None and state.tokens >= HELLASWAG_TOKENS:
             memory["accuracies"] = [*memory["accuracies"], hellaswag][-HELLASWAG_OVER:]
             if len(memory["accuracies"]) == HELLASWAG_OVER:
                 error = math.sqrt(0.25 * 0.75 / len(self.run.hellaswag_items))

@@ -185,7 +185,7 @@ class Monitor:
             "Performance/eta_hours": left / 3600,
             "Performance/goodput": state.train_seconds / max(state.total_seconds, 1e-9),
             "Training/epoch": state.position / run.train_data.num_windows,
-            "Training/tokens": state.step * cfg.total_batch_size,
+            "Training/tokens": state.tokens,
             "Training/skipped_updates": state.skipped_updates,
             "Training/rollbacks": state.rollbacks,
         }

@@ -35,7 +35,7 @@ class Distributed:
         self.device = machine.choose_device(device, self.local_rank, self.world_size)
         self.board = None  # torchrun's key-value store, which outlives its restarts
         self.peers = None
-        self.starters = [launch.starter()]  # of all nodes, where they differ
+        self.starts = [launch.start_words(env)]  # of all machines, where they differ
         timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # also of a process that is alone now
             address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
@@ -85,7 +85,7 @@ class Distributed:
         )
 
     def begun(self, checkpoint_dir: Path) -> str | None:
-        """The name of the run that an earlier attempt of this torchrun began, on all ranks.
+        """Return the name of the run that an earlier attempt of this torchrun began, if any.
 
         Where torchrun keeps its store to itself (docs/SEVERAL_MACHINES.md), the folders say it.
         """
@@ -160,8 +160,8 @@ class Distributed:
         flags = {f"--{name}": value for name, value in given.items() if name not in OF_A_MACHINE}
         flags |= {"PyTorch": torch.__version__, "the program (src/)": fingerprint()}
         self.agree(self.everywhere(lambda: flags))
-        starters = self.everywhere(lambda: launch.starter() if self.is_node_main else None)
-        self.starters = list(dict.fromkeys(filter(None, starters)))
+        starts = self.everywhere(lambda: self.is_node_main and launch.start_words(os.environ))
+        self.starts = [words for i, words in enumerate(starts) if words and words not in starts[:i]]
 
     # -- What they send each other -----------------------------------------------------------------
 

@@ -5,8 +5,9 @@ srun --ntasks-per-node=4 --gpus-per-node=4 python src/train_improved.py ...
 
 import os
 import re
-import shlex
+import shutil
 import sys
+from pathlib import Path
 from pathlib import Path
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -117,21 +118,34 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges[1])[0], first)
 
 
-def starter() -> str:
-    """The words before the script's name in the command that started this process, to be printed in
-    others: "python", or torchrun with its options as the process above this one has them."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        options = [f"--nproc_per_node={env.get('LOCAL_WORLD_SIZE', 1)}"]
-        try:
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-            names = [word.rsplit("/", 1)[-1] for word in words]
-            torchrun = "torchrun" if "torchrun" in names else "torch.distributed.run"
-            script = next(i for i, name in enumerate(names) if name.endswith(".py"))
-            options = words[names.index(torchrun) + 1 : script]
-        except (OSError, ValueError, StopIteration):  # no Linux, or a launcher of one's own
-            pass
-        return shlex.join(["torchrun", *options])
-    if "SLURM_PROCID" in env and int(env.get("WORLD_SIZE", 1)) > 1:
-        return f"srun --ntasks={env['WORLD_SIZE']} python"
-    return "python"
+def start_words(env) -> list[str]:
+    """Return what started this process, up to the script's name, as it can be typed again."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if "TORCHELASTIC_RUN_ID" not in env:
+        several = int(env.get("WORLD_SIZE", 1)) > 1 and "SLURM_STEP_ID" in env
+        return ["srun", python] if several else [python]
+    nodes, processes = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+    torchrun = [python, "-m", "torch.distributed.run"]
+    if shutil.which("torchrun"):
+        torchrun = ["torchrun"]
+    typed = _typed_to_torchrun()
+    if any(word.startswith(("--nnodes", "--rdzv", "--master")) for word in typed):
+        return [*torchrun, *typed]
+    if nodes == "1":
+        return [*torchrun, "--standalone", f"--nproc_per_node={processes}"]
+    meeting = f"--rdzv_endpoint={env.get('MASTER_ADDR')}:{PORTS[0]}"
+    nodes = [f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
+    return [*torchrun, *nodes, "--rdzv_backend=c10d", meeting]
+
+
+def _typed_to_torchrun() -> list[str]:
+    """Return torchrun's own options, as the process above this one has them; [] if none can be
+    read. On several machines they differ, and say which one this is."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        names = [word.rsplit("/", 1)[-1] for word in words]
+        torchrun = "torchrun" if "torchrun" in names else "torch.distributed.run"
+        script = next(i for i, name in enumerate(names) if name.endswith(".py"))
+        return words[names.index(torchrun) + 1 : script]
+    except (OSError, ValueError, StopIteration):  # not Linux, or another launcher
+        return []
