@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from pathlib import Path
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # From here on: steps that are no parallel program, the batch script or an interactive shell.

@@ -360,8 +360,8 @@ def next_command(run, command: flags.CommandLine, finished: bool, last_stable: i
     return "\n".join(commands)
 
 
-def check_unused(run) -> list[files.Info]:
-    """Return the checkpoints of the run's name; ValueError where they are not of this run."""
+def check_unused(run) -> None:
+    """Raise ValueError where there are checkpoints of the run's name, but of another run."""
     cfg, folder = run.cfg, run.checkpoint_folder
     existing = run_folders.list_checkpoints(folder)
     if existing and not run.resumes_own_name:
@@ -370,12 +370,12 @@ def check_unused(run) -> list[files.Info]:
         if cfg.resume == "auto":
             problem = f"none of the checkpoints in {folder} is whole; move them away"
         raise inputs.wrong("run_name", cfg.run_name, f"{problem}, or choose another name")
-    return existing
 
 
 def preflight(run, checkpoint: dict | None) -> None:
     """Claim the output folders and try them, before anything expensive. For rank 0."""
-    cfg, folder, existing = run.cfg, run.checkpoint_folder, check_unused(run)
+    cfg, folder = run.cfg, run.checkpoint_folder
+    check_unused(run)
     log_folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
