@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from basics import terminal
@@ -209,6 +209,12 @@ class Config:
         group="machine", resume=COMMAND)
     dtype: str = flag("auto", "precision of products; auto is bfloat16 where the device has it",
         choices=("auto", "float32", "bfloat16", "float16"), resume=SAME_MACHINE)
+    shard: bool = flag(False,
+        "each process keeps a share of weights, gradients and moments (FSDP2), not all of them",
+        resume=COMMAND)
+    activation_checkpointing: bool = flag(False,
+        "compute each block again in the backward pass: less memory, a third more work",
+        resume=COMMAND)
     compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume=COMMAND)
     profile: bool = flag(False, "write a trace of steps 4 to 6 of this command to the log folder",
         resume=COMMAND)
@@ -237,22 +243,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, notify, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
 from runtime import doctor, flags, launch, machine, planning
+from runtime.distributed import Distributed
 from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
-from training import muon, scoring
+from training import muon, scoring, sharding
 from training.chunked_loss import chunked_cross_entropy, next_token_losses
 from training.generation import KVCache, generate
 from training.guard import Guard, GuardGaveUp, LossScale
@@ -290,7 +297,7 @@ def resolve_model(cfg: Config, device: str) -> None:
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
 
 
-def resolve_init(cfg: Config, flags_now: dict, dist: "Distributed") -> dict:
+def resolve_init(cfg: Config, flags_now: dict, dist: Distributed) -> dict:
     """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
     weights = {}
 
@@ -395,6 +402,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(n_embd, VOCAB_SIZE, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.activation_checkpointing = False
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -425,7 +433,10 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=idx_BT.device)
         x = self.transformer.wte(idx_BT) + self.transformer.wpe(positions)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, cache, layer)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -496,71 +507,6 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
-# --- Distributed ----------------------------------------------------------------------------------
-
-
-class Distributed:
-    """This process among the others, as torchrun's environment says; alone without it."""
-
-    def __init__(self, device: str | None, hang_timeout: float):
-        env = os.environ
-        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
-        self.is_main = self.rank == 0
-        self.device = machine.choose_device(device, self.local_rank, self.world_size)
-        self.store = None
-        if self.world_size > 1:
-            timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
-            self.store = self._shared_store(timeout)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(
-                backend,
-                store=self.store,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timeout,
-            )
-
-    def _shared_store(self, timeout: timedelta) -> torch.distributed.Store:
-        """torchrun's key-value store, with keys of this attempt only: after a restart gloo would
-        otherwise find the addresses of the processes that died, and wait for them."""
-        env = os.environ
-        hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        store = torch.distributed.TCPStore(
-            address, port, self.world_size, is_master=self.is_main and not hosted, timeout=timeout
-        )
-        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all processes, in place."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def on_main(self, function):
-        """The plain value that `function` returns on rank 0, and what it finds wrong, on every
-        rank (as ValueError)."""
-        value = error = None
-        if self.is_main:
-            try:
-                value = function()
-            except (ValueError, OSError) as e:
-                error = str(e)
-        if self.world_size > 1:
-            box = [value, error]
-            torch.distributed.broadcast_object_list(box, src=0)
-            value, error = box
-        if error is not None:
-            raise ValueError(error)
-        return value
-
-    def leave(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.destroy_process_group()
-
-
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
@@ -589,13 +535,19 @@ class TrainState:
 
 
 def checkpoint_of(run: "Run") -> dict:
-    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True."""
+    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True.
+
+    Of a sharded model every rank must ask for it, and rank 0 gets it.
+    """
+    weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
+    if sharding.is_sharded(run.model):
+        weights, optimizer = sharding.gathered(run.model, optimizer, run.dist.is_main)
     rng = {"cpu": torch.get_rng_state()}
     if run.dist.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state()
     return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "model": weights,
+        "optimizer": optimizer,
         "step": run.state.step,
         "config": dataclasses.asdict(run.cfg),
         "asked": sorted(run.flags_ever_given),
@@ -613,9 +565,22 @@ def restore(run: "Run", checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
     vars(run.state).update(vars(state_of(checkpoint, run.cfg, run.train_data)))
     run.state.changes += [change for change in run.changes if change not in run.state.changes]
-    run.model.load_state_dict(checkpoint["model"])
+
+    def here(tensor, like):
+        if run.dist.world_size == 1 or not isinstance(tensor, torch.Tensor):
+            return tensor
+        return sharding.shared_out(tensor, like, checkpoint["read_by"])
+
+    names = dict(run.model.named_parameters(remove_duplicate=False))
+    weights = {name: here(t, names.get(name)) for name, t in checkpoint["model"].items()}
+    run.model.load_state_dict(weights)
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+    moments = {
+        i: {name: here(t, params[i]) for name, t in of_one.items()}
+        for i, of_one in checkpoint["optimizer"]["state"].items()
+    }
+    run.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
     for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
         group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
     device = run.dist.device
@@ -623,8 +588,8 @@ def restore(run: "Run", checkpoint: dict) -> None:
         t.to(device, copy=True) for t in checkpoint["loss_scale"]
     )
     # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
-    for moments in run.optimizer.state.values() if device.type == "cpu" else ():
-        moments |= {k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)}
+    for of_one in run.optimizer.state.values() if device.type == "cpu" else ():
+        of_one |= {k: v.clone() for k, v in of_one.items() if isinstance(v, torch.Tensor)}
     torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
     if device.type == "cuda" and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
@@ -685,6 +650,21 @@ def load_checkpoint(path: Path) -> dict:
             f"{tokenizer.fingerprint()}: its token ids would mean other text"
         )
     return checkpoint
+
+
+def read_checkpoint(dist: Distributed, path: Path, rank: int) -> dict:
+    """Return what is in a checkpoint, on all ranks. `rank` reads it; on the others the large
+    tensors, which they get from it when they are restored, are but shapes (`meta`)."""
+    checkpoint = {}
+
+    def read():
+        checkpoint.update(load_checkpoint(path))
+        large = ("model", "optimizer") if dist.world_size > 1 else ()
+        shapes = {k: files.map_tensors(checkpoint[k], lambda t, _: t.to("meta")) for k in large}
+        return checkpoint | shapes
+
+    everyones = dist.on_rank(rank, read)
+    return everyones | checkpoint | {"read_by": rank}
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -770,6 +750,7 @@ class Run:
     state: TrainState = dataclasses.field(default_factory=TrainState)
     resumed_from: Path | None = None
     changes: list = dataclasses.field(default_factory=list)  # of this resume, that change learning
+    restarted: bool = False  # by torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
@@ -838,8 +819,7 @@ def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) ->
     for i, micro in enumerate(micro_batches):
         poll()
         run.last_micro = i + 1 == len(micro_batches)
-        local = run.dist.world_size > 1 and not run.last_micro
-        with train_model.no_sync() if local else contextlib.nullcontext():
+        with sharding.synchronising(train_model, run.last_micro):
             with run.autocast():
                 loss = train_model(micro[:, :-1], micro[:, 1:]) / len(micro_batches)
             (loss * run.loss_scale.scale).backward()
@@ -877,6 +857,7 @@ class Training:
         self.run, self.train_model, self.loader, self.saver = run, train_model, loader, saver
         self.monitor, self.supervisor = monitor, supervisor
         self.params = list(run.model.parameters())
+        self.sharded = sharding.is_sharded(run.model)
         self.guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
         self.clock = Clock(state, run.dist.world_size, monitor.energy)
         traces = Path(cfg.tensorboard_dir, cfg.run_name)
@@ -884,6 +865,7 @@ class Training:
         self.watch = StepWatch(traces if profiled else None, cfg.compile, monitor.say)
         self.in_flight: InFlight | None = None
         self.mid_update = False  # weights and moments may not belong together
+        self.all_here = not self.sharded  # what a checkpoint takes: all ranks, if they are sharded
         self.saved_at = (state.step, state.evaluated_step)
 
     def train(self) -> None:
@@ -895,7 +877,8 @@ class Training:
                 if evaluation_due(state, cfg):
                     self.read_last_metrics()
                     self.clock.count_as_overhead()
-                    evaluate(run, self.monitor, self.poll)
+                    with sharding.put_together(run.model):
+                        evaluate(run, self.monitor, self.poll_alone)
                     self.clock.count_as_overhead()
                 if checkpoint_due(state, cfg):
                     self.save()
@@ -905,7 +888,7 @@ class Training:
                 self.step()
         except (StopRequested, RuntimeError) as error:
             stop = self.supervisor.stop_for(error)
-            if not self.mid_update:
+            if self.all_here and not self.mid_update:
                 self.save()
             raise stop from None
         finally:
@@ -916,7 +899,7 @@ class Training:
         reading of the step before, whose metrics are there by now."""
         run, cfg, state, optimizer = self.run, self.run.cfg, self.run.state, self.run.optimizer
         with reading_data():
-            batch = self.loader.next_batch(lambda: self.poll(waiting=True))
+            batch = self.loader.next_batch(lambda: self.poll_alone(waiting=True))
         loss = forward_backward(run, self.train_model, batch, self.poll)
         self.read_last_metrics()  # while the device works
         if state.consecutive_skips >= cfg.max_skips:
@@ -928,8 +911,8 @@ class Training:
         # Clip, judge, update. `found_inf` makes the fused kernel leave weights and moments alone
         # where the verdict is bad: no host round-trip, the same on all ranks.
         grads = [p.grad for p in self.params]
-        run.loss_scale.unscale(grads)
-        norm = nn.utils.get_total_norm(grads)
+        run.loss_scale.unscale([sharding.local(grad) for grad in grads])
+        norm = sharding.whole(nn.utils.get_total_norm(grads))
         if cfg.grad_clip:
             nn.utils.clip_grads_with_norm_(self.params, cfg.grad_clip, norm)
         limit, lr = self.guard.limit(), learning_rate(state.step + 1, cfg)
@@ -937,7 +920,7 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.found_inf = bad.float()
-        check = run.dist.is_main and health.check_due(state.step + 1)
+        check = (run.dist.is_main or self.sharded) and health.check_due(state.step + 1)
         norms = health.UpdateNorms(run.model, optimizer) if check else None
         self.mid_update = True
         optimizer.step()
@@ -980,9 +963,11 @@ class Training:
         self.read_last_metrics()
         run, cfg, state = self.run, self.run.cfg, self.run.state
         folder = run.checkpoint_folder
-        if self.saved_at == (state.step, state.evaluated_step) or not run.dist.is_main:
+        if self.saved_at == (state.step, state.evaluated_step):
             return
-        if state.consecutive_skips and not all(p.isfinite().all() for p in self.params):
+        if not (run.dist.is_main or self.sharded):
+            return
+        if state.consecutive_skips and not self.weights_are_finite():
             self.monitor.say(
                 f"WARNING step {state.step}: weights are not finite, no checkpoint written"
             )
@@ -998,26 +983,47 @@ class Training:
 
         self.monitor.flush()
         self.clock.count_as_overhead()
-        self.saver.save(
-            path,
-            checkpoint_of(run),
-            info={
-                "step": state.step,
-                "val_loss": state.validation_loss if evaluated else None,
-                "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # that the loss is of
-            },
-            on_done=written,
-            on_full=lambda: run_folders.make_room(folder, *retention),
-        )
+        content = checkpoint_of(run)
+        if run.dist.is_main:
+            self.saver.save(
+                path,
+                content,
+                info={
+                    "step": state.step,
+                    "val_loss": state.validation_loss if evaluated else None,
+                    "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # the loss is of
+                },
+                on_done=written,
+                on_full=lambda: run_folders.make_room(folder, *retention),
+            )
         self.saved_at = (state.step, state.evaluated_step)
         self.clock.count_as_overhead()
 
-    def poll(self, waiting: bool = False) -> None:
-        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0."""
-        self.supervisor.poll(waiting)
-        if self.supervisor.take_save_request():
+    def weights_are_finite(self) -> bool:
+        bad = not all(sharding.local(p).isfinite().all() for p in self.params)
+        return not (self.run.dist.any(bad) if self.sharded else bad)
+
+    def poll(self) -> None:
+        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0; on all
+        ranks at the same call if they are sharded, as a checkpoint takes them all."""
+        agree = self.run.dist.any if self.sharded else bool
+        try:
+            self.supervisor.poll(agree=agree, all_ranks=self.sharded)
+        except StopRequested:
+            self.all_here = True
+            raise
+        if agree(self.supervisor.take_save_request()):
             self.monitor.say(f"step {self.run.state.step:>5}: SIGUSR1, saving")
             self.save(say_so=True)
+
+    def poll_alone(self, waiting: bool = False) -> None:
+        """The same where each rank calls as often as it likes: a sharded run stops a step later."""
+        if self.sharded:
+            self.supervisor.alive(waiting)
+        elif waiting:
+            self.supervisor.poll(waiting)
+        else:
+            self.poll()
 
 
 def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
@@ -1035,7 +1041,9 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         )
     if saver is not None:  # rank 0
         saver.wait()
-    path = run.dist.on_main(lambda: run_folders.find_latest(folder)[0]) or run.resumed_from
+    path, rank = planning.newest(
+        run.dist, lambda: run_folders.find_latest(folder)[0] or run.resumed_from
+    )
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
     names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
@@ -1045,7 +1053,7 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         "position": loader.position,
         "consecutive_skips": 0,
     }
-    restore(run, load_checkpoint(path))
+    restore(run, read_checkpoint(run.dist, path, rank))
     for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
@@ -1064,10 +1072,11 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     """
     # From where: afresh, from a checkpoint, or as a branch of one.
     early = Config(**flags_now)  # for what must be known before the checkpoint is
-    start, checkpoint = planning.find_start(early, dist.on_main), None
+    dist.agree_to_start(flags_now)
+    start, checkpoint = planning.find_start(early, dist), None
     if start.path is not None:
         with about(*start.flag):
-            checkpoint = load_checkpoint(start.path)
+            checkpoint = read_checkpoint(dist, start.path, start.rank)
         saved, _ = flags.merge(Config, {}, checkpoint["config"], {*checkpoint["asked"]}, True)
         stable = last_stable_step(saved)
         flags_now = planning.of_branch(start, flags_now, saved, checkpoint["step"], stable)
@@ -1090,8 +1099,8 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
 
     # On which data, and for how long.
     if cfg.data_dir == SAMPLE_DIR:
-        dist.on_main(lambda: planning.build_sample_corpus(SAMPLE_DIR))
-    train_data, val_data = planning.open_data(cfg)
+        planning.build_sample_corpus(SAMPLE_DIR, dist)
+    train_data, val_data, items = planning.open_data(cfg, dist)
     state = TrainState()
     if checkpoint is not None:
         if planning.is_other_data(cfg, checkpoint["data"], train_data):
@@ -1103,18 +1112,16 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
             cfg.warmup_steps = saved.warmup_steps  # it is over and does not come again
     resolve_length(cfg, train_data.num_tokens, state.step, state.position * cfg.seq_len)
     validate(cfg, dist.world_size)
-    with about("hellaswag_file", cfg.hellaswag_file):
-        items = planning.hellaswag_items(cfg)
     cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
     dtype = getattr(torch, cfg.dtype)
     run = Run(cfg, flags_ever_given, dist, train_data, val_data, items, dtype, state=state)
-    run.resumed_from = start.path
+    run.resumed_from, run.restarted = start.path, start.restarted
     run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
     run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
     planning.check_length(run, SAMPLE_DIR)
     if cfg.verify_data:
         with about("data_dir", cfg.data_dir):
-            dist.on_main(lambda: shards.verify(cfg.data_dir))
+            dist.everywhere(lambda: dist.is_node_main and shards.verify(cfg.data_dir))
 
     # The model, and how much of a batch fits at a time.
     torch.manual_seed(cfg.seed)
@@ -1185,6 +1192,9 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
+    run.model.activation_checkpointing = cfg.activation_checkpointing
+    if cfg.shard and dist.world_size > 1:
+        sharding.shard(run.model)
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
@@ -1204,9 +1214,8 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
         train_model = machine.compiled(run.model, ids, run.autocast, asked_to_compile)
         cfg.compile = train_model is not run.model
         run.optimizer.zero_grad(set_to_none=True)
-    if dist.world_size > 1:
-        # No static_graph: it cannot begin inside no_sync (gradient accumulation), LAB_NOTES.md.
-        train_model = nn.parallel.DistributedDataParallel(train_model, gradient_as_bucket_view=True)
+    if dist.world_size > 1 and not sharding.is_sharded(run.model):
+        train_model = sharding.replicate(train_model)
     windows = cfg.total_batch_size // cfg.seq_len
     loader = StepLoader(
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
@@ -1214,9 +1223,10 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     monitor = Monitor(run, peak, addresses)
     saver = None
+    content = checkpoint_of(run)
     if dist.is_main:
         saver = background.BackgroundSaver(monitor.announce)
-        saver.allocate(checkpoint_of(run))
+        saver.allocate(content)
     return train_model, loader, saver, monitor
 
 
@@ -1244,11 +1254,14 @@ def main(command: CommandLine | None = None) -> int:
             dist.leave()
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
+        dist.remember(run.cfg.run_name)
         train_model, loader, saver, monitor = build(run, checkpoint, addresses)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
-        if dist is not None and not dist.is_main:
-            time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
+        if dist is not None and dist.peers is not None:
+            dist.peers.close()
+        if dist is not None and not dist.is_node_main:
+            time.sleep(3)  # another says the same and ends us, unless the trouble is here alone
         terminal.print_error(error)
         return 2
     except RuntimeError as error:
@@ -1263,7 +1276,7 @@ def main(command: CommandLine | None = None) -> int:
         )
 
     supervisor = Supervisor(
-        dist.rank, dist.world_size, dist.store, run.cfg.hang_timeout, run.cfg.max_hours
+        dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
     if saver is not None:
         saver.progress = supervisor.alive  # a long write is no hang

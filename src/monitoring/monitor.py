@@ -20,6 +20,7 @@ from basics import words
 from basics.words import marked
 from checkpointing import run_folders
 from monitoring import energy, health, jsonl_log, notify, summary
+from training import sharding
 
 
 def due(freq: int, state, cfg) -> bool:
@@ -291,7 +292,15 @@ class Monitor:
             tensors[f"Parameters/{name}"] = p.detach()
             if p.grad is not None:
                 tensors[f"Gradients/{name}"] = p.grad
+        if sharding.is_sharded(model):  # on all ranks: put together, for rank 0, on its host
+            tensors = {name: self._gathered(tensor) for name, tensor in tensors.items()}
+        if not self.active:
+            return
         self.tensorboard.histograms(tensors, step)
+
+    def _gathered(self, tensor):
+        tensor = sharding.whole(tensor)
+        return tensor.cpu() if self.active else None
 
     def rewind(self, first_step: int) -> None:
         """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""

@@ -282,5 +282,6 @@ def farewell(run, finished: bool, command: str) -> str:
     if cfg.use_tensorboard:
         rows.append(f"TensorBoard   {Path(cfg.tensorboard_dir, cfg.run_name)}")
         rows.append(f"watch         {watching(cfg)}")
+    command = command.replace("\n", f"\n{'':<14}")  # one a machine
     rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
     return "\n".join(rows)
