@@ -139,14 +139,17 @@ def train(args, arm: str, max_lr: float, seed: int, steps: int) -> dict:
         raise KeyboardInterrupt
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)}\nexit {done.returncode}\n{done.stderr}")
-    from monitoring import tensorboard_log
+    from monitoring.event_files import RunReader
 
-    scalars = tensorboard_log.read_scalars(work / "runs" / "run")
+    reader = RunReader(work / "runs" / "run")
+    reader.update()
+    validation = reader.scalars["Loss/validation"]
     header = {"arm": arm, "size": args.size, "max_lr": max_lr, "seed": seed, "steps": steps}
     header |= {"tokens_per_step": args.total_batch_size, "flags": " ".join(flags)}
     header["shape"] = f"{args.size}, T={args.seq_len}, {args.total_batch_size} tokens a step"
     lines = [header]
-    lines += [{"step": step, "loss": loss} for step, loss, *_ in scalars["Loss/validation"]]
+    points = zip(validation.steps, validation.values, strict=True)
+    lines += [{"step": step, "loss": loss} for step, loss in points]
     # of this process only: less than the whole if the run was interrupted
     lines += [{"cpu_seconds": after.ru_utime - before.ru_utime}]
     partial = path.with_suffix(".partial")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import train_improved as ti
-from monitoring import tensorboard_log
+from monitoring.event_files import RunReader
 from runtime import machine
 from runtime.supervisor import Supervisor
 from tokens import shards
@@ -55,7 +55,7 @@ def main() -> None:
     train_model, loader, saver, monitor = ti.build(run, checkpoint)
     supervisor = Supervisor()
     params = list(run.model.parameters())
-    batch = loader.next_batch(run.poll)
+    batch = loader.next_batch()
     run.state.position = loader.position
 
     def bare_step() -> float:
@@ -79,7 +79,7 @@ def main() -> None:
         first = run.state.step + 1
         run.cfg.max_steps = run.state.step + steps
         with contextlib.redirect_stdout(sys.stderr):
-            ti.train(run, train_model, loader, saver, monitor, supervisor)
+            ti.Training(run, train_model, loader, saver, monitor, supervisor).train()
         return [s for s in range(first + 1, first + steps - 1) if s % 250]
 
     everything(20)
@@ -91,8 +91,10 @@ def main() -> None:
     saver.close()
     loader.close()
     supervisor.close()
-    points = tensorboard_log.read_scalars(folder / "runs" / "overhead")
-    milliseconds = {step: value for step, value, _ in points["Performance/step_time_ms"]}
+    reader = RunReader(folder / "runs" / "overhead")
+    reader.update()
+    points = reader.scalars["Performance/step_time_ms"]
+    milliseconds = dict(zip(points.steps, points.values, strict=True))
     full = [statistics.median(milliseconds[s] for s in steps) / 1000 for steps in counted]
     for i, (a, b) in enumerate(zip(bare, full, strict=True)):
         print(f"round {i + 1}: bare {1000 * a:.1f} ms, everything {1000 * b:.1f} ms, {b / a:.4f}")

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from tensorboard.compat.proto.event_pb2 import Event
 
 import train_improved as ti
-from monitoring import health, tensorboard_log
+from monitoring import event_files, health
 
 WORDS = "the of and a to in is was that it for on with as his they be at one have this from by hot"
 SECONDS = 20.5  # of a step, as planned for a DGX Spark
@@ -123,7 +123,7 @@ def write_run(cfg: ti.Config, floor: float = 2.9, histograms_of: MadeUpModel | N
         norm = 3.0 if state.step < cfg.warmup_steps else 0.3 * noise.lognormvariate(0, 0.3)
         lr = ti.learning_rate(state.step, cfg)
         norms = []
-        if health.look_due(state.step):
+        if health.check_due(state.step):
             norms = [2e-3 * lr / cfg.max_lr * noise.uniform(0.5, 1) for _ in weights] + weights
         monitor.step(run, loss, norm, False, lr, seconds, norms)
         if ti.due(cfg.histogram_freq, state, cfg) or (cfg.histogram_freq and state.step == 1):
@@ -139,9 +139,9 @@ def write_run(cfg: ti.Config, floor: float = 2.9, histograms_of: MadeUpModel | N
 def bytes_by_kind(folder: Path) -> tuple[Counter, Counter]:
     """Kind of record -> bytes in the event files, and how many records."""
     sizes, records = Counter(), Counter()
-    for path in tensorboard_log._event_files(folder):
-        damage = tensorboard_log._Damage()
-        for batch in tensorboard_log._read(path, damage):
+    for path in event_files.event_files(folder):
+        place = event_files.Place()
+        for batch in event_files.read_records(path, place):
             for record in batch:
                 event = Event.FromString(record[12:-4])
                 kind = "HParams, dashboard, marks"
@@ -158,7 +158,7 @@ def bytes_by_kind(folder: Path) -> tuple[Counter, Counter]:
                         kind += " with update ratios" if looked and not evaluated else ""
                 sizes[kind] += len(record)
                 records[kind] += 1
-        assert (damage.records, damage.tail) == (0, 0)
+        assert (place.bad, place.tail) == (0, 0)
     return sizes, records
 
 

@@ -75,9 +75,9 @@ def ours(args) -> dict:
 
     def step(model, timing: bool) -> float:
         start = clock[0] = time.perf_counter()
-        batch = loader.next_batch(run.poll)
+        batch = loader.next_batch()
         took("data") if timing else None
-        loss = ti.forward_backward(run, model, batch)
+        loss = ti.forward_backward(run, model, batch, lambda: None)
         took("backward") if timing else None
         norm = ti.nn.utils.get_total_norm([p.grad for p in params])
         ti.nn.utils.clip_grads_with_norm_(params, 1.0, norm)
@@ -87,7 +87,7 @@ def ours(args) -> dict:
         took("optimizer") if timing else None
         run.state.step += 1
         with contextlib.redirect_stdout(sys.stderr):
-            monitor.step(run, float(loss), float(norm), False, 1e-4, 1.0)
+            monitor.step(run, float(loss), float(norm), False, 1e-4, 1.0, [])
         took("logging") if timing else None
         wait()
         return time.perf_counter() - start

@@ -9,25 +9,20 @@ import sys
 import time
 from pathlib import Path
 
-from basics import words
+from basics import terminal, words
 from checkpointing.files import CheckpointError, read_info, saved_at, verify
 from checkpointing.run_folders import list_checkpoints, run_folders
 
-# --- The command ----------------------------------------------------------------------------------
 
-
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser(description="List checkpoints: step, loss, size, age, state.")
+    """Exit codes: 0 all that is there is whole, 1 something is not, 2 wrong usage."""
+    parser = terminal.Parser(description="List checkpoints: step, loss, size, age, state.")
     parser.add_argument("dir", nargs="?", default="checkpoints", help="of all runs, or of one")
     parser.add_argument("--verify", action="store_true", help="read every file and check its sum")
     args = parser.parse_args(argv)
     if not Path(args.dir).is_dir():
-        print(
-            f"{args.dir} is not a folder: name the one given as --checkpoint_dir", file=sys.stderr
-        )
-        return 2
+        raise ValueError(f"{args.dir} is not a folder: name the one given as --checkpoint_dir")
     bad = listed = 0
     for folder in (Path(args.dir), *run_folders(args.dir)):
         checkpoints = list_checkpoints(folder)
@@ -45,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
                 bad, state = bad + 1, e.reason
             loss = info.get("val_loss")
             loss = f"{loss:.4f}" if isinstance(loss, float) else "-"
-            age = words.age(time.time() - when)
+            age = words.duration(time.time() - when)
             print(f"{c.step:>10} {loss:>9} {words.size(c.bytes):>9} {age:>9}  {state}")
     if not listed:
         print(f"no checkpoints in {args.dir}")

@@ -250,7 +250,7 @@ class Preparation:
         for path in self.folder.iterdir():
             if path.name.startswith(".tmp-") or (path.suffix == ".bin" and path not in kept):
                 path.unlink()
-        for path in self.out.glob(f".{self.options['prefix']}_*.tmp"):  # of data_shards
+        for path in self.out.glob(f".tmp-{self.options['prefix']}_*"):  # of tokens/shards
             path.unlink()
         self.tokens = sum(r["tokens"] for r in self.records.values())
         self.weight = sum(r["weight"] for r in self.records.values())
@@ -658,7 +658,7 @@ def prepare(args: argparse.Namespace) -> int:
             raise ValueError(f"{out}: another process was at work here just now; try again")
         if not begun:
             text = json.dumps(plan, indent=1)
-            durable.write_durably(out / WORK / PLAN, text.encode())
+            durable.write(out / WORK / PLAN, text.encode())
         return fill(out, plan, files, args.workers)
     except Unusable:
         shutil.rmtree(out / WORK)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from basics.words import marked
+from basics import terminal
 from runtime.flags import flag, parse_flags, to_toml
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
@@ -277,6 +277,7 @@ import torch.nn.functional as F
 
 from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, summary
+from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
 from runtime import launch, machine
 from runtime.planning import (
@@ -287,6 +288,7 @@ from runtime.planning import (
     preflight,
     validate,
 )
+from runtime.profiling import StepWatch
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource, open_source
@@ -695,6 +697,7 @@ def load_checkpoint(path: Path) -> dict:
 # training goes on with the same numbers whether or not it was evaluated.
 
 EVAL_TOKENS = 16_384  # in a forward pass without gradients
+Poll = Callable[[], None]  # called often: notices signals, may raise
 
 
 @contextlib.contextmanager
@@ -706,7 +709,7 @@ def reading_data():
         raise StopRequested(2, str(error)) from None
 
 
-def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
+def validation_loss(run: "Run", poll: Poll) -> tuple[float, torch.Tensor]:
     """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order, and
     the mean at each position of the context, (T,)."""
     cfg, dist = run.cfg, run.dist
@@ -715,7 +718,7 @@ def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
     batch_size = max(1, EVAL_TOKENS // cfg.seq_len)
     sums = []  # on the device: the host waits for them once, at the end
     for start in range(0, len(mine), batch_size):
-        run.poll()
+        poll()
         with reading_data():
             windows = run.val_data.windows_in_order(mine[start : start + batch_size])
         batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
@@ -731,23 +734,23 @@ def validation_loss(run: "Run") -> tuple[float, torch.Tensor]:
     return float(by_position.mean()), by_position
 
 
-def hellaswag_accuracy(run: "Run") -> float:
+def hellaswag_accuracy(run: "Run", poll: Poll) -> float:
     """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
     mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
-    results = scoring.score(run.model, mine, autocast=run.autocast, poll=run.poll)
+    results = scoring.score(run.model, mine, autocast=run.autocast, poll=poll)
     correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
     correct, total = run.dist.sum(correct).tolist()
     return correct / total
 
 
-def samples(run: "Run") -> list[str]:
+def samples(run: "Run", poll: Poll) -> list[str]:
     """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
     cfg, enc = run.cfg, tokenizer.get_tokenizer()
     generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
     prompt = enc.encode_ordinary(cfg.sample_prompt)
     with run.autocast():
         rows = generate(
-            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=run.poll
+            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=poll
         )
     return [cfg.sample_prompt + enc.decode(row) for row in rows]
 
@@ -774,7 +777,6 @@ class Run:
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
-    poll: Callable[[], None] = lambda: None  # called often: notices signals, may raise
     last_micro: bool = False  # of this step: the pass that synchronises gradients
 
     def autocast(self):
@@ -783,23 +785,30 @@ class Run:
         return torch.autocast(self.dist.device.type, self.dtype)
 
 
-def evaluate(run: Run, monitor: Monitor) -> None:
+def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
     by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss, by_position = validation_loss(run)
+        state.validation_loss, by_position = validation_loss(run, poll)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
-        state.hellaswag = hellaswag_accuracy(run)
+        state.hellaswag = hellaswag_accuracy(run, poll)
     if due(cfg.sample_freq, state, cfg):
-        texts = samples(run)
+        texts = samples(run, poll)
     if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
         state.best_loss = state.validation_loss
     monitor.evaluation(run, by_position, texts, time.monotonic() - start)
     state.evaluated_step = state.step
 
 
-def forward_backward(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
+def checkpoint_due(state: TrainState, cfg: Config) -> bool:
+    """Return whether this step number gets a checkpoint, whatever else asks for one."""
+    at_the_end_at_least = cfg.checkpoint_freq or cfg.max_steps
+    regular = state.step > 0 and due(at_the_end_at_least, state, cfg)
+    return regular or state.step == last_stable_step(cfg)
+
+
+def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
     """Gradients of one step's mean loss over all micro-batches and ranks -> that loss, (), fp32.
 
     batch (sequences, T+1) is this rank's share. Gradients are synchronised once, in the last
@@ -807,7 +816,7 @@ def forward_backward(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
     """
     run.optimizer.zero_grad(set_to_none=True)
     try:
-        return accumulate_gradients(run, train_model, batch)
+        return accumulate_gradients(run, train_model, batch, poll)
     except RuntimeError as error:
         size, synchronising = run.cfg.micro_batch_size, run.dist.world_size > 1 and run.last_micro
         if not machine.is_out_of_memory(error) or size == 1:
@@ -823,15 +832,15 @@ def forward_backward(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
             raise  # the other ranks have summed half of the gradients: only a restart helps
     if run.dist.device.type == "cuda":
         torch.cuda.empty_cache()
-    return forward_backward(run, train_model, batch)
+    return forward_backward(run, train_model, batch, poll)
 
 
-def accumulate_gradients(run: Run, train_model: nn.Module, batch) -> torch.Tensor:
+def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
     """One forward and backward pass for each micro-batch."""
     micro_batches = batch.split(run.cfg.micro_batch_size)
     mean_loss = torch.zeros((), device=batch.device)
     for i, micro in enumerate(micro_batches):
-        run.poll()
+        poll()
         run.last_micro = i + 1 == len(micro_batches)
         local = run.dist.world_size > 1 and not run.last_micro
         with train_model.no_sync() if local else contextlib.nullcontext():
@@ -842,157 +851,170 @@ def accumulate_gradients(run: Run, train_model: nn.Module, batch) -> torch.Tenso
     return run.dist.sum(mean_loss) / run.dist.world_size
 
 
-def train(run: Run, train_model, loader, saver, monitor: Monitor, supervisor: Supervisor) -> None:
-    """The loop. Returns when the run is complete; StopRequested when it must end before that."""
-    cfg, state, optimizer, folder = run.cfg, run.state, run.optimizer, run.checkpoint_folder
-    params = list(run.model.parameters())
-    guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
-    pending = None  # the last step's metrics, still on their way from the device
-    saved = (state.step, state.evaluated_step)
-    profiler = None
-    if cfg.profile and run.dist.is_main:
-        profiler = machine.profiler(
-            Path(cfg.tensorboard_dir, cfg.run_name), monitor.say
-        ).__enter__()
-    compilations = None  # until the first step is done
-    kept = (cfg.keep_checkpoints, cfg.keep_every, last_stable_step(cfg))
-    updating = False  # weights and moments may not belong together
-    mark = time.monotonic()
+@dataclass
+class InFlight:
+    """A step's metrics on their way from the device, and what the host knew when it was queued."""
 
-    def settle():
-        """Read the pending metrics: the one place where the host waits for the device, one step
+    values: torch.Tensor  # loss, norm, whether it was bad; at a check also norms of the update
+    lr: float
+    limit: float  # of the loss, by the guard
+    first_window: int  # of the data order
+
+    def __post_init__(self):
+        self.arrived = None
+        if self.values.is_cuda:
+            self.values = self.values.to("cpu", non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def wait(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class Training:
+    """The loop, and what it keeps from one step to the next."""
+
+    def __init__(self, run: Run, train_model, loader, saver, monitor: Monitor, supervisor):
+        cfg, state = run.cfg, run.state
+        self.run, self.train_model, self.loader, self.saver = run, train_model, loader, saver
+        self.monitor, self.supervisor = monitor, supervisor
+        self.params = list(run.model.parameters())
+        self.guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
+        self.clock = Clock(state, run.dist.world_size, monitor.energy)
+        traces = Path(cfg.tensorboard_dir, cfg.run_name)
+        profiled = cfg.profile and run.dist.is_main
+        self.watch = StepWatch(traces if profiled else None, cfg.compile, monitor.say)
+        self.in_flight: InFlight | None = None
+        self.mid_update = False  # weights and moments may not belong together
+        self.saved_at = (state.step, state.evaluated_step)
+
+    def train(self) -> None:
+        """Train until the run is complete; raise StopRequested when it must end before that."""
+        run, cfg, state = self.run, self.run.cfg, self.run.state
+        try:
+            while True:
+                # Evaluation comes first: a checkpoint of this step knows its loss.
+                if evaluation_due(state, cfg):
+                    self.read_last_metrics()
+                    self.clock.count_as_overhead()
+                    evaluate(run, self.monitor, self.poll)
+                    self.clock.count_as_overhead()
+                if checkpoint_due(state, cfg):
+                    self.save()
+                if state.step >= cfg.max_steps:
+                    self.read_last_metrics()
+                    return
+                self.step()
+        except (StopRequested, RuntimeError) as error:
+            stop = self.supervisor.stop_for(error)
+            if not self.mid_update:
+                self.save()
+            raise stop from None
+        finally:
+            self.watch.close()
+
+    def step(self) -> None:
+        """Take a batch to an update of the weights. Nothing here waits for the device but the
+        reading of the step before, whose metrics are there by now."""
+        run, cfg, state, optimizer = self.run, self.run.cfg, self.run.state, self.run.optimizer
+        with reading_data():
+            batch = self.loader.next_batch(lambda: self.poll(waiting=True))
+        loss = forward_backward(run, self.train_model, batch, self.poll)
+        self.read_last_metrics()  # while the device works
+        if state.consecutive_skips >= cfg.max_skips:
+            roll_back(run, self.loader, self.saver, self.monitor)
+            self.saved_at = (state.step, state.evaluated_step)
+            self.clock.restart()
+            return
+
+        # Clip, judge, update. `found_inf` makes the fused kernel leave weights and moments alone
+        # where the verdict is bad: no host round-trip, the same on all ranks.
+        grads = [p.grad for p in self.params]
+        run.loss_scale.unscale(grads)
+        norm = nn.utils.get_total_norm(grads)
+        if cfg.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.params, cfg.grad_clip, norm)
+        limit, lr = self.guard.limit(), learning_rate(state.step + 1, cfg)
+        bad = self.guard.is_bad(loss, norm, limit)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.found_inf = bad.float()
+        check = run.dist.is_main and health.check_due(state.step + 1)
+        norms = health.UpdateNorms(run.model, optimizer) if check else None
+        self.mid_update = True
+        optimizer.step()
+        run.loss_scale.update(bad)
+        state.step += 1
+        self.mid_update = False
+
+        metrics = [torch.stack([loss, norm, bad.float()])]
+        if norms is not None:
+            metrics.append(norms.measure())
+        self.in_flight = InFlight(torch.cat(metrics), lr, limit, first_window=state.position)
+        state.position = self.loader.position
+        if self.in_flight.arrived is None:
+            self.read_last_metrics()  # nothing runs behind the host's back
+        self.watch.step(state.step)
+        if due(cfg.histogram_freq, state, cfg) or (cfg.histogram_freq and state.step == 1):
+            self.read_last_metrics()
+            self.monitor.histograms(run.model, state.step)
+            self.clock.count_as_overhead()
+
+    def read_last_metrics(self) -> None:
+        """Read the metrics in flight: the one place where the host waits for the device, one step
         late, when the next step's work is already queued."""
-        nonlocal pending, mark
-        if pending is None:
+        if self.in_flight is None:
             return
-        (values, arrived, lr, limit, first_window), pending = pending, None
-        if arrived is not None:
-            arrived.synchronize()
-        loss, norm, bad, *norms = values.tolist()
-        now = time.monotonic()
-        seconds, mark = now - mark, now
-        state.train_seconds += seconds
-        spend(seconds)
-        report = guard.observe(loss, bool(bad), limit)
-        if report:
-            windows = f"windows {first_window:,} to {state.position - 1:,} of the data order"
-            monitor.say(f"WARNING step {state.step}: {report}; {windows}")
-        monitor.step(run, loss, norm, bool(bad), lr, seconds, norms)
+        flight, self.in_flight = self.in_flight, None
+        loss, norm, bad, *norms = flight.wait()
+        seconds = self.clock.count_as_training()
+        state = self.run.state
+        if verdict := self.guard.observe(loss, bool(bad), flight.limit):
+            windows = f"windows {flight.first_window:,} to {state.position - 1:,} of the data order"
+            self.monitor.say(f"WARNING step {state.step}: {verdict}; {windows}")
+        self.monitor.step(self.run, loss, norm, bool(bad), flight.lr, seconds, norms)
 
-    def spend(seconds: float):
-        state.total_seconds += seconds
-        state.device_seconds += seconds * run.dist.world_size
-        state.watt_seconds += monitor.energy()
-
-    def pause():
-        """Call after anything that is not training, so that step times do not contain it."""
-        nonlocal mark
-        now = time.monotonic()
-        spend(now - mark)
-        mark = now
-
-    def save():
-        nonlocal saved
-        settle()
-        if saved == (state.step, state.evaluated_step) or not run.dist.is_main:
+    def save(self, say_so: bool = False) -> None:
+        """Save a checkpoint of the last finished step, unless there is one."""
+        self.read_last_metrics()
+        run, cfg, state = self.run, self.run.cfg, self.run.state
+        folder = run.checkpoint_folder
+        if self.saved_at == (state.step, state.evaluated_step) or not run.dist.is_main:
             return
-        if state.consecutive_skips and not all(p.isfinite().all() for p in params):
-            monitor.say(f"WARNING step {state.step}: weights are not finite, no checkpoint written")
+        if state.consecutive_skips and not all(p.isfinite().all() for p in self.params):
+            self.monitor.say(
+                f"WARNING step {state.step}: weights are not finite, no checkpoint written"
+            )
             return
         evaluated = state.evaluated_step == state.step and due(cfg.eval_freq, state, cfg)
-        monitor.flush()
-        pause()
-        saver.save(
-            files.step_path(folder, state.step),
+        retention = (cfg.keep_checkpoints, cfg.keep_every, last_stable_step(cfg))
+        path = files.step_path(folder, state.step)
+
+        def written() -> list[str]:
+            if say_so:
+                self.monitor.say(f"saved {path}")
+            return run_folders.retain(folder, *retention)
+
+        self.monitor.flush()
+        self.clock.count_as_overhead()
+        self.saver.save(
+            path,
             checkpoint_of(run),
             info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=lambda: run_folders.retain(folder, *kept),
-            on_full=lambda: run_folders.make_room(folder, *kept),
+            on_done=written,
+            on_full=lambda: run_folders.make_room(folder, *retention),
         )
-        saved = (state.step, state.evaluated_step)
-        pause()
+        self.saved_at = (state.step, state.evaluated_step)
+        self.clock.count_as_overhead()
 
-    def poll(waiting=False):
-        supervisor.poll(waiting)
-        if supervisor.take_save_request():
-            monitor.say(f"step {state.step:>5}: SIGUSR1, saving")
-            save()
-
-    run.poll = poll
-    try:
-        while True:
-            # What is due at this step number. Evaluation comes first: a checkpoint knows its loss.
-            if evaluation_due(state, cfg):
-                settle()
-                pause()
-                evaluate(run, monitor)
-                pause()
-            if state.step == last_stable_step(cfg) or (
-                state.step > 0 and due(cfg.checkpoint_freq or cfg.max_steps, state, cfg)
-            ):
-                save()
-            if state.step >= cfg.max_steps:
-                settle()
-                return
-
-            # A step: batch, gradients, then (while the device works) the previous step's metrics.
-            with reading_data():
-                batch = loader.next_batch(lambda: poll(waiting=True))
-            loss = forward_backward(run, train_model, batch)
-            settle()
-            if state.consecutive_skips >= cfg.max_skips:
-                roll_back(run, loader, saver, monitor)
-                saved, mark = (state.step, state.evaluated_step), time.monotonic()
-                continue
-
-            # Clip, judge, update. `found_inf` makes the fused kernel leave weights and moments
-            # alone where the verdict is bad: no host round-trip, the same on all ranks.
-            grads = [p.grad for p in params]
-            run.loss_scale.unscale(grads)
-            norm = nn.utils.get_total_norm(grads)
-            if cfg.grad_clip:
-                nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
-            limit, lr = guard.limit(), learning_rate(state.step + 1, cfg)
-            bad = guard.is_bad(loss, norm, limit)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.found_inf = bad.float()
-            look = run.dist.is_main and health.look_due(state.step + 1)
-            norms = health.UpdateNorms(run.model, optimizer) if look else None
-            updating = True
-            optimizer.step()
-            run.loss_scale.update(bad)
-
-            state.step += 1
-            updating = False
-            first_window = state.position
-            state.position = loader.position
-            values = torch.stack([loss, norm, bad.float()])
-            if norms is not None:
-                values = torch.cat([values, norms.measure()])
-            arrived = None
-            if values.is_cuda:
-                values = values.to("cpu", non_blocking=True)
-                arrived = torch.cuda.Event()
-                arrived.record()
-            pending = (values, arrived, lr, limit, first_window)
-            if arrived is None:
-                settle()  # nothing runs behind the host's back
-            if profiler is not None:
-                profiler.step()
-            if cfg.compile and compilations != (now := machine.compilations()):
-                if compilations is not None:
-                    monitor.say(f"WARNING step {state.step}: torch.compile compiled again")
-                compilations = now
-            if due(cfg.histogram_freq, state, cfg) or (cfg.histogram_freq and state.step == 1):
-                settle()
-                monitor.histograms(run.model, state.step)
-                pause()
-    except (StopRequested, RuntimeError) as error:
-        stop = supervisor.stop_for(error)
-        if not updating:
-            save()
-        raise stop from None
+    def poll(self, waiting: bool = False) -> None:
+        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0."""
+        self.supervisor.poll(waiting)
+        if self.supervisor.take_save_request():
+            self.monitor.say(f"step {self.run.state.step:>5}: SIGUSR1, saving")
+            self.save(say_so=True)
 
 
 def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
@@ -1014,10 +1036,14 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
     names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
-    kept = {name: getattr(state, name) for name in (*names, "health_seconds")}
-    kept |= {"rollbacks": state.rollbacks + 1, "position": loader.position, "consecutive_skips": 0}
+    carried = {name: getattr(state, name) for name in (*names, "health_seconds")}
+    carried |= {
+        "rollbacks": state.rollbacks + 1,
+        "position": loader.position,
+        "consecutive_skips": 0,
+    }
     restore(run, load_checkpoint(path))
-    for name, value in kept.items():
+    for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
     monitor.say(f"WARNING {story}: back to {path}, on from data window {state.position:,}")
@@ -1222,7 +1248,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         if dist is not None and not dist.is_main:
             time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
-        print(marked(f"error: {error}", sys.stderr), file=sys.stderr)
+        terminal.print_error(error)
         return 2
     except RuntimeError as error:
         if not is_lost_peer(error):
@@ -1240,7 +1266,7 @@ def main() -> int:
     )
     code = 0
     try:
-        train(run, train_model, loader, saver, monitor, supervisor)
+        Training(run, train_model, loader, saver, monitor, supervisor).train()
     except StopRequested as stop:
         code = stop.code
         monitor.say(f"{stop}: saving and leaving")

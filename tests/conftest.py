@@ -128,3 +128,14 @@ class DyingOs:
             return real(*args, **kwargs)
 
         return call
+
+
+def read_scalars(folder) -> dict[str, list[tuple[int, float, float]]]:
+    """Every scalar of a run as TensorBoard's own reader sees it: tag -> [(step, value, time)]."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1}).Reload()
+    return {
+        tag: [(p.step, p.value, p.wall_time) for p in reader.Scalars(tag)]
+        for tag in reader.Tags()["scalars"]
+    }

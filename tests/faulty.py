@@ -44,13 +44,13 @@ def faulty_forward(model, idx_BT, targets_BT):
     return forward(model, idx_BT, targets_BT)
 
 
-def faulty_forward_backward(run, train_model, batch):
+def faulty_forward_backward(run, train_model, batch, poll):
     """Steps are counted by calls, so that the same data met again is not poisoned again."""
     global calls
     calls += kind not in ("save", "data", "stall")
     if kind == "exit" and calls == first and run.dist.rank == 1:
         os._exit(7)
-    loss = forward_backward(run, train_model, batch)
+    loss = forward_backward(run, train_model, batch, poll)
     if not first <= calls <= last:
         return loss
     if kind == "loss":
@@ -65,7 +65,7 @@ def faulty_forward_backward(run, train_model, batch):
     return loss
 
 
-def faulty_validation_loss(run):
+def faulty_validation_loss(run, poll):
     if kind in ("crash", "hang") and run.state.step >= first:
         if kind == "crash":
             os.kill(os.getpid(), 9)
@@ -75,7 +75,7 @@ def faulty_validation_loss(run):
         read = run.val_data.windows_in_order
         run.val_data.windows_in_order = lambda index: (time.sleep(last), read(index))[1]
         print("evaluating", flush=True)
-    return validation_loss(run)
+    return validation_loss(run, poll)
 
 
 def faulty_save(*args, **kwargs):

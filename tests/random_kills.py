@@ -147,7 +147,7 @@ class Attempt:
 
     def step(self) -> int:
         """The last step that it has printed (it prints the first three, then every tenth)."""
-        steps = re.findall(r"^step +(\d+)/", self.out(), re.M)
+        steps = re.findall(r"^(?:\S+ \S+  )?step +(\d+)/", self.out(), re.M)
         return int(steps[-1]) if steps else -1
 
     def pids(self) -> list[int]:

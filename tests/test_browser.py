@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-from monitoring.tensorboard_log import TensorBoardLog, read_scalars
+from conftest import ROOT, read_scalars
+from monitoring.tensorboard_log import TensorBoardLog
 
 try:
     from playwright.sync_api import expect, sync_playwright

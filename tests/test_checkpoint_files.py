@@ -1058,7 +1058,7 @@ def test_the_command_lists_step_loss_size_age_and_state(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("ok (not verified)") == 3
     row = next(line for line in out.splitlines() if "3.5000" in line)
-    assert row.split()[:2] == ["10", "3.5000"] and row.split()[3:5] == ["kB", "0"]
+    assert row.split()[:2] == ["10", "3.5000"] and row.split()[3:6:2] == ["kB", "s"]
     assert checkpoint_files.main([str(tmp_path / "two"), "--verify"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[-2].endswith(" ok") and out[-1].endswith("does not match its checksum")

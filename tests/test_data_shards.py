@@ -102,10 +102,10 @@ def test_a_failed_write_leaves_the_old_shard_and_no_temporary(tmp_path):
     write_shard(path, random_tokens(100))
     before = path.read_bytes()
     code = (  # a limit on file size stands for a full disk
-        "import resource, signal, sys, numpy as np, data_shards\n"
+        "import resource, signal, sys, numpy as np; from tokens import shards\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "try: data_shards.write_shard(sys.argv[1], np.zeros(100_000, np.uint16))\n"
+        "try: shards.write_shard(sys.argv[1], np.zeros(100_000, np.uint16))\n"
         "except OSError: print('refused')\n"
     )
     run = subprocess.run([sys.executable, "-c", code, path], cwd=SRC, capture_output=True)
@@ -693,9 +693,9 @@ def test_a_forgotten_loader_ends_its_thread(folder):
 
 def test_a_program_ends_while_its_loader_reads(folder):
     code = (
-        "import sys, data_shards\n"
-        f"source = data_shards.open_source({str(folder)!r}, 'train', {T}, 0)\n"
-        "loader = data_shards.StepLoader(source, 8, 0, 1, 'cpu')\n"
+        "import sys; from tokens.loader import StepLoader; from tokens.stream import open_source\n"
+        f"source = open_source({str(folder)!r}, 'train', {T}, 0)\n"
+        "loader = StepLoader(source, 8, 0, 1, 'cpu')\n"
         "next(loader)\n"
         "sys.exit(7)\n"
     )
@@ -727,12 +727,13 @@ def test_ten_billion_tokens(tmp_path):
         path.write_bytes(header)
         os.truncate(path, 1024 + 2 * size)
     code = """
-import sys, numpy as np, data_shards
+import sys, numpy as np
+from tokens.stream import open_source
 assert 'torch' not in sys.modules
 def proc(file, key):
     return next(int(l.split()[1]) for l in open(f'/proc/self/{file}') if l.startswith(key))
 before = proc('io', 'rchar'), proc('io', 'syscr')
-source = data_shards.open_source(sys.argv[1], 'train', 1024, 1337)
+source = open_source(sys.argv[1], 'train', 1024, 1337)
 print(source.num_windows, *(proc('io', k) - b for k, b in zip(('rchar', 'syscr'), before)))
 memory = proc('status', 'VmRSS')
 for step in (0, 90_000):

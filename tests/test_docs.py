@@ -24,8 +24,8 @@ from monitoring import summary
 from runtime import flags
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md", "docs/FAULTS.md")
-NAMES += ("docs/HOW_IT_WORKS.md", "docs/DGX_SPARK.md")
+NAMES = ("README.md", "QUICK_START.md", "TENSORBOARD_GUIDE.md", "LAB_NOTES.md")
+NAMES += tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("src/train_improved", "src/prepare_data", "src/hellaswag", "src/data_shards")
 COMMANDS += ("src/checkpoint_files", "src/report", "src/sample", "src/export")
@@ -324,10 +324,6 @@ def reference_run() -> ti.Config:
 
 def test_quoted_defaults_are_the_defaults():
     cfg, text = reference_run(), DOCS["QUICK_START.md"]
-    rows = re.findall(r"^\| `--(\w+)` \| ([\d.e-]+) \|", text, re.M)
-    assert len(rows) == 13
-    for name, value in rows:
-        assert float(value) == pytest.approx(getattr(cfg, name)), name
     assert cfg.max_steps == 95_365 and "`--max_steps`" in text
     for name in ("max_skips", "max_rollbacks"):
         assert re.search(rf"\b{getattr(cfg, name)}\b[^.;|]*\(`--{name}`\)", text), name
@@ -370,11 +366,11 @@ def test_every_line_of_the_summary_is_explained():
     assert f" {steps:,} steps = {steps * batch:,} tokens = " in sample
     assert f"warm-up {cfg.warmup_steps} steps to {cfg.max_lr:g}, then cosine to" in sample
     assert f"the first {cfg.val_tokens:,} of" in sample
-    assert f"{batch:,} tokens a step: minutes" in DOCS["QUICK_START.md"]
+    assert f"{batch:,} tokens a step: minutes" in DOCS["docs/EXPERIMENTS.md"]
 
 
 def test_quoted_messages_are_in_the_code():
-    source = " ".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").glob("*.py"))
+    source = " ".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
     source = re.sub(r'"\s*f?"', "", source)  # sentences that go over two lines
     foreign = ("Port 6006 is in use", "TensorFlow installation not found")
     count = 0

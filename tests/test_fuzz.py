@@ -228,14 +228,14 @@ def small_data(folder: Path) -> dict:
     write_data(folder, train=3000, val=600)
     entries = []
     for path in sorted(folder.iterdir()):
-        shard = ti.data_shards.open_shard(path)
+        shard = ti.shards.open_shard(path)
         tokens = np.fromfile(path, "<u2", offset=1024)
-        entry = ti.data_shards.write_shard(path, tokens)
+        entry = ti.shards.write_shard(path, tokens)
         assert shard.tokens == entry["tokens"]
         entries.append(entry | {"split": "train" if "train" in path.name else "val"})
     manifest = {"version": 1, "tokenizer_fingerprint": ti.tokenizer.fingerprint()}
     manifest |= {"vocab_size": 50257, "shards": entries}
-    ti.data_shards.write_manifest(folder, manifest)
+    ti.shards.write_manifest(folder, manifest)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -298,14 +298,14 @@ def test_data_changed_since_the_checkpoint_is_refused(capsys, monkeypatch, train
     tokens = np.fromfile(shard, "<u2", offset=1024)
     if kind == "edited":
         tokens[5] += 1
-        ti.data_shards.write_shard(shard, tokens)
+        ti.shards.write_shard(shard, tokens)
     elif kind == "added":
-        ti.data_shards.write_shard(folder / "walk_train_000001.bin", tokens[:500])
+        ti.shards.write_shard(folder / "walk_train_000001.bin", tokens[:500])
     else:
-        ti.data_shards.write_shard(folder / "walk_train_000001.bin", tokens[:9000])
-        ti.data_shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:])
+        ti.shards.write_shard(folder / "walk_train_000001.bin", tokens[:9000])
+        ti.shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:])
         shard.unlink()  # the same tokens but the last ones, in other files
-        ti.data_shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:-1])
+        ti.shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:-1])
     flags = ("--resume", "latest", "--data_dir", folder, "--max_steps", "6", "--run_name", kind)
     sentence = refused(capsys, monkeypatch, trained, *flags, small=False)
     assert "--allow_data_change" in sentence and "fingerprint" in sentence

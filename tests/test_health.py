@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import train_improved as ti
-from conftest import ROOT, run, start
-from monitoring import energy, health, summary, tensorboard_log
+from conftest import ROOT, read_scalars, run, start
+from monitoring import energy, event_files, health, summary
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
 from tokens import stream
 
@@ -67,7 +67,7 @@ class Series:
                 bad,
                 lr,
                 seconds * (1 + 0.05 * noise),
-                [*updates, *self.weights] if health.look_due(step) else [],
+                [*updates, *self.weights] if health.check_due(step) else [],
             )
             if step % cfg.eval_freq == 0:
                 said += self.evaluate()
@@ -348,7 +348,7 @@ def test_a_healthy_run_says_nothing_and_shows_what_there_is_to_see(tmp_path, dat
     # what it cost goes on after a resume
     flags = ["--use_tensorboard", "--resume", "latest", "--run_name", "a", "--max_steps", "440"]
     run(*flags, cwd=tmp_path, small=False)
-    points = tensorboard_log.read_scalars(folder)["Performance/device_hours"]
+    points = read_scalars(folder)["Performance/device_hours"]
     assert [step for step, *_ in points] == [*steps, 440]
     values = [value for _, value, _ in points]
     assert values == sorted(values) and values[0] > 0
@@ -410,7 +410,7 @@ def test_a_sick_run_and_its_resume_say_the_same_once(tmp_path, data):
     in_tensorboard = texts(folders[1], "Health/warnings")
     assert [step for step, _ in in_tensorboard] == [200, 300, 400]
     assert in_tensorboard == texts(folders[0], "Health/warnings")
-    assert [tensorboard_log.from_code(text) for _, text in in_tensorboard] == said
+    assert [event_files.from_code(text) for _, text in in_tensorboard] == said
     assert dict(logged(folders[1])["Health/warnings"]) == {100: 0, 200: 1, 300: 2, 400: 3}
 
     # healed: each is over, once
@@ -516,7 +516,7 @@ def test_energy_of_this_gpu():
 
 
 def test_energy_is_in_the_last_words_and_in_the_charts_only_if_there_is_any(short):
-    tags = tensorboard_log.read_scalars(short / "runs" / "a").keys()
+    tags = read_scalars(short / "runs" / "a").keys()
     readable = energy._package_joules("/sys/class/powercap")(0.0) is not None
     assert ("Performance/kwh" in tags) == readable
     state = SimpleNamespace(

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run, start
-from monitoring import tensorboard_log
+from conftest import read_scalars, run, start
 from monitoring.jsonl_log import JsonLinesLog
 
 
@@ -122,7 +121,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(tmp_path):
     assert [line["step"] for line in lines(path)] == [1, 2, 6, 7]
     assert len(said) == 2
     assert "stopped" in said[0] and os.strerror(errno.EFBIG) in said[0]
-    assert "back at step 6; 3 lines are missing" in said[1]
+    assert "back at step 6; 3 values of steps 3 to 5 are missing" in said[1]
 
 
 def test_it_is_not_tried_at_every_step(tmp_path):
@@ -133,7 +132,7 @@ def test_it_is_not_tried_at_every_step(tmp_path):
     log.scalars({"Loss/train": 1.0}, 2)
     log.close()
     assert lines(tmp_path / "m.jsonl") == []
-    assert "2 lines were not recorded" in said[-1]
+    assert "2 values were not recorded" in said[-1]
 
 
 def test_a_full_disk_from_the_start(tmp_path):
@@ -191,7 +190,7 @@ def test_killed_and_resumed_it_has_each_step_once_and_tensorboards_values(tmp_pa
     run(*flags, cwd=tmp_path, small=False)
     ours = curves(path)
     assert [step for step, _ in ours["Loss/train"]] == list(range(1, last + 1))
-    theirs = tensorboard_log.read_scalars(path.parent)
+    theirs = read_scalars(path.parent)
     assert ours.keys() == theirs.keys()
     for tag, points in theirs.items():
         expected = [(step, pytest.approx(value, rel=1e-6)) for step, value, _ in points]

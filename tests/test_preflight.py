@@ -13,8 +13,8 @@ import torch
 
 import train_improved as ti
 from checkpointing import files, run_folders
-from conftest import run, write_data
-from monitoring import summary, tensorboard_log
+from conftest import read_scalars, run, write_data
+from monitoring import summary
 from test_bad_input import refused
 from test_fuzz import small_data
 
@@ -107,7 +107,7 @@ def test_one_folder_for_checkpoints_and_logs(tmp_path):
     run(*flags, "--use_tensorboard", "--max_steps", 3, "--eval_freq", 0, cwd=tmp_path)
     more = ["--resume", "latest", "--max_steps", 4, "--use_tensorboard"]
     run(*flags, *more, cwd=tmp_path)
-    points = tensorboard_log.read_scalars(tmp_path / "out" / "a")["Loss/train"]
+    points = read_scalars(tmp_path / "out" / "a")["Loss/train"]
     assert [step for step, _, _ in points] == [1, 2, 3, 4]
 
 

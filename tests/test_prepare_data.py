@@ -535,7 +535,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
         workers = ("--workers", rng.choice([1, 2, 3]))
         kills += kill_after(rng.randint(1, 10), killed, [*flags, *workers])
         (killed / ".prepare" / ".tmp-part_00000000.bin-1").write_bytes(b"of a killed worker")
-        (killed / ".a_train_000000.bin.1.tmp").write_bytes(b"of a killed writer")
+        (killed / ".tmp-a_train_000000.bin-1").write_bytes(b"of a killed writer")
     assert kills >= 2
     journal = killed / ".prepare" / "journal"
     journal.write_bytes(journal.read_bytes() + b'{"unit": 99, "tok')  # a line that was not finished

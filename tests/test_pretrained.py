@@ -216,7 +216,7 @@ def test_training_begins_with_the_weights_on_every_rank(workplace, model, data, 
         small=False,
     )  # fmt: skip
     assert first_loss(alone) == first_loss(out)
-    source = ti.data_shards.open_source(str(data), "val", 32, 0)
+    source = ti.open_source(str(data), "val", 32, 0)
     val = torch.from_numpy(source.windows_in_order(range(16)).astype("int64"))
     with torch.no_grad():
         assert f"{model(val[:, :-1], val[:, 1:]):.4f}" == first_loss(out)
@@ -337,7 +337,7 @@ def hub(folder: Path, repository: str):
 
 def read_from_hub(source: str, endpoint: str, cache: Path) -> subprocess.CompletedProcess:
     program = (
-        "import sys, torch, pretrained\n"
+        "import sys, torch; from checkpointing import pretrained\n"
         "try:\n"
         "    shape, weights, notes = pretrained.read_pretrained(sys.argv[1])\n"
         "except ValueError as e: sys.exit(f'refused {e}')\n"

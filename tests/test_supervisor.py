@@ -14,7 +14,7 @@ import pytest
 
 from conftest import ROOT, environment
 
-BEGIN = "import os, sys, time, supervisor; supervisor.begin()\n"
+BEGIN = "import os, sys, time; from runtime import supervisor; supervisor.begin()\n"
 READY = "print('ready', flush=True)\n"
 # A training loop with nothing in it but what the script does about stops: 143 and so on.
 LOOP = """

@@ -28,8 +28,10 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
-from monitoring import tensorboard_log
-from monitoring.tensorboard_log import TensorBoardLog, as_code, from_code, read_scalars
+from conftest import read_scalars
+from monitoring import event_files, tensorboard_log
+from monitoring.event_files import as_code, from_code
+from monitoring.tensorboard_log import TensorBoardLog
 
 METRICS = ["Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy"]
 LAYOUT = {
@@ -55,6 +57,10 @@ EVIL = [
 
 def steps(points) -> list[int]:
     return [point[0] for point in points]
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def python_loader(folder: Path) -> EventMultiplexer:
@@ -395,9 +401,9 @@ def distributions() -> dict[str, torch.Tensor]:
 def test_histogram_has_the_exact_quantiles_within_a_small_part_of_their_spread(name, tmp_path):
     x = distributions()[name]
     log = TensorBoardLog(tmp_path, 0)
-    before = log.bytes_written
+    before = folder_bytes(tmp_path)
     log.histograms({f"Gradients/h.11.mlp.c_proj.weight.{name}": x}, 1000)
-    assert log.bytes_written - before <= 500_000 / 296  # so that 148 + 148 tensors fit in 0.5 MB
+    assert folder_bytes(tmp_path) - before <= 500_000 / 296  # 148 + 148 fit in 0.5 MB
     log.close()
     reader = EventAccumulator(str(tmp_path)).Reload()
     (tag,) = reader.Tags()["histograms"]
@@ -493,9 +499,9 @@ def test_server_shows_the_shape_of_a_histogram(served):
 def test_a_step_of_scalars_is_one_small_record_that_all_readers_take(tmp_path):
     log = TensorBoardLog(tmp_path / "run", 0)
     tags = [f"Performance/a_rather_long_name_{i:02d}" for i in range(15)]
-    before = log.bytes_written
+    before = folder_bytes(tmp_path / "run")
     log.scalars(dict.fromkeys(tags, 0.5), 95_365)
-    assert log.bytes_written - before <= 1024
+    assert folder_bytes(tmp_path / "run") - before <= 1024
     log.scalars({"odd": math.nan, "odder": -math.inf, "tensor": torch.tensor(3.0)}, 95_365)
     log.close()
     points = read_scalars(tmp_path / "run")
@@ -512,9 +518,9 @@ def test_checksums_are_those_of_tensorboard():
     records = [choose.randbytes(choose.choice([0, 1, 7, 300, 301, 5000])) for _ in range(200)]
     records.append(choose.randbytes(40_000))
     expected = [masked_crc32c(record) for record in records]
-    assert tensorboard_log._crc32c_of_many(records) == expected
-    assert tensorboard_log._crc32c_of_many(records[:3]) == expected[:3]
-    assert tensorboard_log._crc32c_of_many([b""]) == [masked_crc32c(b"")]
+    assert event_files.crc32c_of_many(records) == expected
+    assert event_files.crc32c_of_many(records[:3]) == expected[:3]
+    assert event_files.crc32c_of_many([b""]) == [masked_crc32c(b"")]
 
 
 def test_files_sort_in_the_order_of_writing_within_one_second(tmp_path):
@@ -637,7 +643,7 @@ def test_damaged_event_files_lose_only_what_is_damaged(tmp_path, damage):
     elif damage == "flipped value":
         data[record + 12] ^= 1
     else:
-        start = data.rindex(tensorboard_log._header(40)[1:8], 0, record) - 1
+        start = data.rindex(event_files.header(40)[1:8], 0, record) - 1
         data[start + 9] ^= 1
     path.write_bytes(data)
     said = []
@@ -770,10 +776,10 @@ def test_full_disk_stops_logging_once_and_it_comes_back(small_disk):
     loader = python_loader(small_disk)
     assert tensor_steps(loader, "run", "Loss/train") == expected
     assert "custom_scalars" in loader.PluginRunToTagToContent("custom_scalars")["run"].popitem()[0]
-    for path in tensorboard_log._event_files(run):  # no half record anywhere
-        damage = tensorboard_log._Damage()
-        assert list(tensorboard_log._read(path, damage))
-        assert (damage.records, damage.tail) == (0, 0)
+    for path in event_files.event_files(run):  # no half record anywhere
+        place = event_files.Place()
+        assert list(event_files.read_records(path, place))
+        assert (place.bad, place.tail) == (0, 0)
 
 
 def test_full_disk_until_the_end(small_disk):

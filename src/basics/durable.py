@@ -1,4 +1,9 @@
-"""Files that exist whole or not at all, also after a power cut."""
+"""Files that exist whole or not at all, also after a power cut.
+
+with durable.replacing(path) as file:  # written beside, flushed, renamed, folder flushed
+    file.write(...)
+durable.write(path, header, body)      # the same for bytes that are there already
+"""
 
 import contextlib
 import errno
@@ -18,12 +23,41 @@ NEW_FILE |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_all(fd: int, view) -> None:
-    while view:  # a write may be partial: signals, limits, a disk that is nearly full
-        view = view[os.write(fd, view) :]
+@contextlib.contextmanager
+def replacing(path: str | Path, mode: str = "wb"):
+    """Yield a new file beside `path`, which takes its name when the block ends without an error.
+
+    mode: "wb" or "w" (UTF-8, newlines as written). The file is called .tmp-NAME-PID, and its own
+    `name` says where that is. Raise OSError, with `path` in it, if the disk refuses; after any
+    error what was at `path` is untouched and the new file is gone.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with open(temporary, mode, opener=lambda p, _: os.open(p, NEW_FILE, 0o666), **text) as file:
+            yield file
+            file.flush()
+            flush_file(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(e, OSError) and e.filename in (None, temporary, str(temporary)):
+            raise OSError(e.errno, e.strerror, str(path)) from None
+        raise
+    flush_folder(path.parent)
+
+
+def write(path: str | Path, *parts) -> None:
+    """Write buffers of bytes, one after the other, to `path` as `replacing` does."""
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
 
 
 def flush_file(fd: int) -> None:
+    """Wait until the disk holds what was written."""
     if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone leaves the data in the drive's cache
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
@@ -56,39 +90,17 @@ def make_folder(folder: Path) -> None:
     flush_folder(folder.parent)
 
 
-def write_durably(path: str | Path, *parts) -> None:
-    """Write buffers to `path`: temporary name, fsync, rename, fsync of the folder."""
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
-
-
 def check_writable(folder) -> str | None:
     """Create `folder` and write, flush and remove a small file there; ValueError if that fails.
 
-    Only a full disk is no error but the sentence that is returned: space may come back.
+    Return a sentence, and raise nothing, if only the disk is full: space may come back.
     """
     folder = Path(folder)
-    probe = folder / f".tmp-write-test-{os.getpid()}"
+    probe = folder / ".write-test"
     try:
         make_folder(folder)
-        fd = os.open(probe, NEW_FILE, 0o666)
-        try:
-            write_all(fd, bytes(4096))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-            os.unlink(probe)
+        write(probe, bytes(4096))
+        probe.unlink(missing_ok=True)
     except OSError as e:
         sentence = f"cannot write in {folder}: {e.strerror}"
         if e.errno in DISK_FULL:

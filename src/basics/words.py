@@ -1,7 +1,55 @@
-"""Colours for what must not be overlooked: on a terminal only, never with NO_COLOR set."""
+"""Numbers as people say them, and colours for what must not be overlooked.
 
+Nothing here raises, whatever the number: it is only shown.
+"""
+
+import math
 import os
 import sys
+
+YEAR = 365.25 * 86400
+UNITS = (("years", YEAR, 2), ("d", 86400, 1), ("h", 3600, 1), ("min", 60, 1))  # from how many on
+
+
+def duration(seconds: float) -> str:
+    """5025 -> '1.4 h'. Seconds, minutes, hours, days, years; infinity is 'for ever'."""
+    seconds = _number(seconds)
+    if math.isnan(seconds):
+        return "unknown"
+    if seconds >= 1e6 * YEAR:
+        return "for ever"
+    for unit, length, least in UNITS:
+        if round(seconds / length, 1) >= least:
+            return f"{seconds / length:,.{0 if seconds > 1000 * YEAR else 1}f} {unit}"
+    return f"{seconds:.1f} s" if 0.05 <= seconds < 9.95 else f"{max(0, seconds):.0f} s"
+
+
+def size(n: float) -> str:
+    """1490000000 -> '1.49 GB'."""
+    return _scaled(_number(n), (" bytes", " kB", " MB", " GB", " TB", " PB"))
+
+
+def count(n: float) -> str:
+    """1490000000 -> '1.49B': of tokens, parameters, documents."""
+    return _scaled(_number(n), ("", "k", "M", "B", "T"))
+
+
+def _scaled(n: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if abs(n) < 999.5:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g}{units[-1]}"
+
+
+def _number(n: float) -> float:
+    try:
+        return float(n)
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.copysign(math.inf, n > 0 or -1)
+
+
+# --- Colours --------------------------------------------------------------------------------------
 
 _COLOURS = {"red": 31, "green": 32, "yellow": 33}
 
@@ -23,18 +71,3 @@ def marked(text: str, stream=None) -> str:
         if text.startswith(word):
             return tint(text, colour, stream)
     return text
-
-
-def size(n: float) -> str:
-    """1490000000 -> '1.49 GB'."""
-    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= length:
-            return f"{n / length:.2f} {unit}"
-    return f"{n:.0f} bytes"
-
-
-def age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{max(0, seconds):.0f} s"

@@ -9,10 +9,9 @@ The digest covers every byte of the file before it, so one flipped bit anywhere 
 file has no comment at all, and there is no second file that could be lost or be out of date. The
 JSON is what a list of checkpoints shows; it is read without touching the tensors.
 
-A save writes `.tmp-step_00005000.pt-<process id>` in the same folder, flushes it to the disk,
-renames it and flushes the folder: whenever the machine dies, the name `step_00005000.pt` stands for
-the old content or for the new, never for a part. PyTorch is imported where tensors are touched
-only, so that listing and verifying start at once.
+A save writes beside and renames (basics/durable.py): whenever the machine dies, the name
+`step_00005000.pt` stands for the old content or for the new, never for a part. PyTorch is imported
+where tensors are touched only, so that listing and verifying start at once.
 """
 
 import contextlib
@@ -28,7 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from basics.durable import NEW_FILE, flush_file, flush_folder, make_folder, write_all
+from basics import durable
+from basics.durable import make_folder
 
 # --- Names and errors -----------------------------------------------------------------------------
 
@@ -38,9 +38,8 @@ DIGEST_LEN = 64
 EOCD_LEN = 22  # a ZIP archive's last record ("end of central directory") without its comment
 EOCD_SIGNATURE = b"PK\x05\x06"
 CHUNK = 16 << 20  # bytes hashed, written or read in one go, while other threads run
-GATHER = 1 << 16  # smaller writes are put together
 STEP_NAME = re.compile(r"step_([0-9]{8,})\.pt")
-TEMPORARY_NAME = re.compile(r"\.tmp-(step_[0-9]{8,}\.pt|write-test)-[0-9]+")
+TEMPORARY_NAME = re.compile(r"\.tmp-(step_[0-9]{8,}\.pt|\.?write-test)-[0-9]+|\.write-test")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -129,29 +128,27 @@ def _compact(state: dict) -> dict:
 
 
 class _SealingWriter:
-    """What `torch.save` writes into: passes bytes on to a file descriptor and hashes them.
+    """What `torch.save` writes into: passes bytes on to a file and hashes them.
 
     The archive's last record is held back until `seal` has put the comment's length into it. That
     works in one pass because PyTorch writes its archives from front to back and never seeks.
     """
 
-    def __init__(self, fd: int):
-        self.fd = fd
-        self.sha = hashlib.sha256()
-        self.pending = bytearray()  # small writes gather here; never less than the last record
+    def __init__(self, file):
+        self.file, self.sha = file, hashlib.sha256()
+        self.held_back = b""  # the last bytes so far, as long as the last record
         self.error: OSError | None = None
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
-        if len(view) < GATHER:
-            self.pending += view
-            if len(self.pending) > GATHER:
-                self._emit(self.pending[:-EOCD_LEN])
-                del self.pending[:-EOCD_LEN]
-        else:
-            self._emit(self.pending)
+        if len(view) >= EOCD_LEN:
+            self._emit(self.held_back)
             self._emit(view[:-EOCD_LEN])
-            self.pending = bytearray(view[-EOCD_LEN:])
+            self.held_back = bytes(view[-EOCD_LEN:])
+        else:
+            both = self.held_back + view
+            self._emit(both[:-EOCD_LEN])
+            self.held_back = both[-EOCD_LEN:]
         return len(view)
 
     def flush(self) -> None:
@@ -159,25 +156,21 @@ class _SealingWriter:
 
     def seal(self, info: dict) -> None:
         """Write the last record, the comment and the digest of everything before it."""
-        end = bytes(self.pending[-EOCD_LEN:])
+        end = self.held_back
         assert end[:4] == EOCD_SIGNATURE and end[-2:] == b"\0\0", "not the end of an archive"
         text = MARK + json.dumps(info, sort_keys=True).encode("ascii") + SEAL
         length = len(text) + DIGEST_LEN
         if length > 0xFFFF:
             raise ValueError(f"info is too long for a ZIP comment: {length} of 65535 bytes")
-        self._emit(self.pending[:-EOCD_LEN] + end[:-2] + struct.pack("<H", length) + text)
-        self._write(memoryview(self.sha.hexdigest().encode("ascii")))
+        self._emit(end[:-2] + struct.pack("<H", length) + text)
+        self.file.write(self.sha.hexdigest().encode("ascii"))
 
     def _emit(self, data) -> None:
-        with memoryview(data) as view:
-            for start in range(0, len(view), CHUNK):
-                piece = view[start : start + CHUNK]
-                self.sha.update(piece)
-                self._write(piece)
-
-    def _write(self, view: memoryview) -> None:
         try:
-            write_all(self.fd, view)
+            for start in range(0, len(data), CHUNK):
+                piece = data[start : start + CHUNK]
+                self.sha.update(piece)
+                self.file.write(piece)
         except OSError as e:
             self.error = self.error or e  # torch.save hides it behind a RuntimeError
             raise
@@ -197,35 +190,21 @@ def save(path, state: dict, info: dict | None = None) -> None:
     state = _compact(state)
     info = {"saved_at": time.time(), **(info or {})}
     make_folder(path.parent)
-    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
-    try:
-        fd = os.open(temporary, NEW_FILE, 0o666)
+    with durable.replacing(path) as file:
+        writer = _SealingWriter(file)
         try:
-            writer = _SealingWriter(fd)
-            try:
-                torch.save(state, writer)
-                writer.seal(info)
-            except RuntimeError:
-                if writer.error is None:
-                    raise
-                raise writer.error from None
-            flush_file(fd)
-            if hasattr(os, "posix_fadvise"):
-                # Nobody will read it soon; on machines whose GPU shares the memory (DGX Spark) the
-                # pages would be missing there.
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            written = os.fstat(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(e, OSError) and e.filename is None:  # a full disk does not say whose
-            raise OSError(e.errno, e.strerror, str(path)) from None
-        raise
-    flush_folder(path.parent)
-    _known_good[_signature(path, written)] = info
+            torch.save(state, writer)
+            writer.seal(info)
+        except RuntimeError:
+            if writer.error is None:
+                raise
+            raise writer.error from None
+    with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            # Nobody will read it soon; on machines whose GPU shares the memory (DGX Spark) the
+            # pages would be missing there.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _known_good[_signature(path, os.fstat(file.fileno()))] = info
 
 
 # --- Verifying and loading ------------------------------------------------------------------------

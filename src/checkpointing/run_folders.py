@@ -20,6 +20,7 @@ from checkpointing.files import (
     Info,
     is_known_good,
     read_info,
+    saved_at,
     step_path,
     verify,
 )
@@ -74,13 +75,13 @@ def find_latest(folder) -> tuple[Path | None, list[tuple[Path, str]]]:
 def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, str]]]:
     """As `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
 
-    def saved_at(candidate: Info) -> float:
+    def when(candidate: Info) -> float:
         with contextlib.suppress(CheckpointError):
             return saved_at(read_info(candidate.path), candidate.mtime)
         return candidate.mtime
 
     candidates = [c for run in run_folders(checkpoint_dir) for c in list_checkpoints(run)]
-    return _first_whole(sorted(candidates, key=lambda c: (saved_at(c), c.step), reverse=True))
+    return _first_whole(sorted(candidates, key=lambda c: (when(c), c.step), reverse=True))
 
 
 def run_folders(checkpoint_dir) -> list[Path]:

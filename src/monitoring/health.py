@@ -23,9 +23,11 @@ import torch
 # The one table of warnings. TENSORBOARD_GUIDE.md has the same rows in the same words (a test
 # compares them).
 
-LOOK = 100  # steps between looks, and steps in the median that stands for a loss or a step time
+CHECK_EVERY = (
+    100  # steps between checks, and steps in the median that stands for a loss or a step time
+)
 CLIPPED_OVER = 300  # updates
-SLOW_OVER = 3  # looks
+SLOW_OVER = 3  # checks
 HELLASWAG_OVER = 4  # scores
 MARKS = 64  # losses remembered of the whole run, evenly spaced
 SETTLE_SECONDS = 600.0  # of training until clocks and fans have settled
@@ -61,7 +63,8 @@ CHECKS = {
     "overfitting": Check(
         "validation far above train",
         "validation loss minus training loss",
-        f"each evaluation from the second epoch on; training loss: median of the last {LOOK} steps",
+        "each evaluation from the second epoch on; training loss: median of the last "
+        f"{CHECK_EVERY} steps",
         begin=0.3,
         end=0.2,
         shown="{:.2f} nats",
@@ -74,7 +77,8 @@ CHECKS = {
     "flat": Check(
         "loss flat",
         "fall of the training loss in the last third of the steps so far",
-        f"every {LOOK} steps after warm-up, from step {3 * LOOK} on; medians of {LOOK} steps",
+        f"every {CHECK_EVERY} steps after warm-up, from step {3 * CHECK_EVERY} on; medians of "
+        f"{CHECK_EVERY} steps",
         begin=0.01,
         end=0.02,
         shown="{:.3f} nats",
@@ -85,7 +89,7 @@ CHECKS = {
     "clipped": Check(
         "gradient clipped nearly always",
         "share of updates whose gradient norm was above `--grad_clip`",
-        f"every {LOOK} steps; the last {CLIPPED_OVER} updates, all after warm-up",
+        f"every {CHECK_EVERY} steps; the last {CLIPPED_OVER} updates, all after warm-up",
         begin=0.95,
         end=0.80,
         shown="{:.0%}",
@@ -95,7 +99,7 @@ CHECKS = {
     "slow": Check(
         "throughput dropping",
         "speed as a share of the best on this machine",
-        f"every {LOOK} steps; median of {SLOW_OVER * LOOK} steps, without the first "
+        f"every {CHECK_EVERY} steps; median of {SLOW_OVER * CHECK_EVERY} steps, without the first "
         f"{SETTLE_SECONDS / 60:.0f} minutes on a machine",
         begin=0.80,
         end=0.90,
@@ -120,7 +124,7 @@ CHECKS = {
     "frozen": Check(
         "layers not updating",
         "update-to-weight ratio of the slowest matrix",
-        f"every {LOOK} steps; the higher of the last two, while the rate is at least "
+        f"every {CHECK_EVERY} steps; the higher of the last two, while the rate is at least "
         f"{LEAST_RATE:.0%} of `--max_lr`",
         begin=1e-6,
         end=2e-6,
@@ -130,15 +134,15 @@ CHECKS = {
 }
 
 
-def look_due(step: int) -> bool:
-    return step > 0 and step % LOOK == 0
+def check_due(step: int) -> bool:
+    return step > 0 and step % CHECK_EVERY == 0
 
 
 # --- Update-to-weight ratio -----------------------------------------------------------------------
 
 
 class UpdateNorms:
-    """How long an update is beside its weights. Made just before optimizer.step(), at a look only:
+    """How long an update is beside its weights. Made just before optimizer.step(), at a check only:
     it copies all the weights (the activations that were there are gone by then)."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
@@ -173,10 +177,10 @@ def new_memory() -> dict:
     """What the checks remember; TrainState.health_memory."""
     return {
         "active": {},  # key of a check -> step at which it began
-        "losses": [],  # of the last LOOK steps
+        "losses": [],  # of the last CHECK_EVERY steps
         "marks": [],  # [step, median loss] over the whole run
         "clipped": [],  # of the last CLIPPED_OVER updates after warm-up, 0 or 1
-        "ratios": [],  # of the slowest matrix at the last two looks
+        "ratios": [],  # of the slowest matrix at the last two checks
         "accuracies": [],  # the last HELLASWAG_OVER HellaSwag scores
     }
 
@@ -187,14 +191,14 @@ def new_time_memory(machine: str = "") -> dict:
         "active": {},
         "machine": machine,  # the times below are from there
         "settling": 0.0,  # seconds of training on it, up to SETTLE_SECONDS
-        "steps": [],  # seconds of each of the last LOOK steps
-        "looks": [],  # their medians at the last SLOW_OVER looks
+        "steps": [],  # seconds of each of the last CHECK_EVERY steps
+        "looks": [],  # their medians at the last SLOW_OVER checks
         "best": math.inf,  # the lowest median of those
     }
 
 
 class Health:
-    """Looks at every update and evaluation of a run; what it remembers is in run.state."""
+    """Judges every update and evaluation of a run; what it remembers is in run.state."""
 
     def __init__(self, run, machine: str):
         """machine: what step times depend on. On another one they are compared anew."""
@@ -213,53 +217,53 @@ class Health:
     def step(
         self, loss: float, norm: float, bad: bool, lr: float, seconds: float, norms: list[float]
     ) -> list[tuple[Check, str]]:
-        """Take update run.state.step into account -> what to say. norms: UpdateNorms at a look."""
+        """Take update run.state.step into account -> what to say. norms: UpdateNorms at a check."""
         state, cfg = self.run.state, self.run.cfg
         memory, times = state.health_memory, state.health_seconds
         if math.isfinite(loss):
-            memory["losses"] = [*memory["losses"], loss][-LOOK:]
+            memory["losses"] = [*memory["losses"], loss][-CHECK_EVERY:]
         if state.step > cfg.warmup_steps and not bad:
             memory["clipped"] = [*memory["clipped"], int(norm > cfg.grad_clip)][-CLIPPED_OVER:]
         if times["settling"] < SETTLE_SECONDS:
             times["settling"] += seconds
         else:
-            times["steps"] = [*times["steps"], seconds][-LOOK:]
-        if not look_due(state.step):
+            times["steps"] = [*times["steps"], seconds][-CHECK_EVERY:]
+        if not check_due(state.step):
             return []
 
-        news = self._loss_flat()
+        said = self._loss_flat()
         if cfg.grad_clip and len(memory["clipped"]) == CLIPPED_OVER:
-            news += self._judge("clipped", sum(memory["clipped"]) / CLIPPED_OVER)
-        if len(times["steps"]) == LOOK:
+            said += self._judge("clipped", sum(memory["clipped"]) / CLIPPED_OVER)
+        if len(times["steps"]) == CHECK_EVERY:
             times["looks"] = [*times["looks"], statistics.median(times["steps"])][-SLOW_OVER:]
         if len(times["looks"]) == SLOW_OVER:
             typical = statistics.median(times["looks"])
             times["best"] = min(times["best"], typical)
-            news += self._judge("slow", times["best"] / typical)
+            said += self._judge("slow", times["best"] / typical)
         if norms and not bad and lr >= LEAST_RATE * cfg.max_lr:
             ratio, slowest = min(self._matrix_ratios(norms))
             memory["ratios"] = [*memory["ratios"], ratio][-2:]
             if len(memory["ratios"]) == 2:
-                news += self._judge("frozen", max(memory["ratios"]), slowest)
-        return news
+                said += self._judge("frozen", max(memory["ratios"]), slowest)
+        return said
 
     def evaluation(
         self, validation_loss: float | None, hellaswag: float | None
     ) -> list[tuple[Check, str]]:
         """Take an evaluation after run.state.step into account; None: was not due."""
         state, cfg = self.run.state, self.run.cfg
-        memory, news = state.health_memory, []
+        memory, said = state.health_memory, []
         again = state.position >= self.run.train_data.num_windows  # before that nothing is repeated
-        if validation_loss is not None and again and len(memory["losses"]) == LOOK:
+        if validation_loss is not None and again and len(memory["losses"]) == CHECK_EVERY:
             gap = validation_loss - statistics.median(memory["losses"])
-            news += self._judge("overfitting", gap)
+            said += self._judge("overfitting", gap)
         if hellaswag is not None and state.step * cfg.total_batch_size >= HELLASWAG_TOKENS:
             memory["accuracies"] = [*memory["accuracies"], hellaswag][-HELLASWAG_OVER:]
             if len(memory["accuracies"]) == HELLASWAG_OVER:
                 error = math.sqrt(0.25 * 0.75 / len(self.run.hellaswag_items))
                 mean = statistics.mean(memory["accuracies"])
-                news += self._judge("hellaswag", (mean - 0.25) / error)
-        return news
+                said += self._judge("hellaswag", (mean - 0.25) / error)
+        return said
 
     def layer_ratios(self, norms: list[float]) -> dict[str, float]:
         """Update-to-weight ratio of each layer, all its parameters together."""
@@ -282,19 +286,19 @@ class Health:
     def _loss_flat(self) -> list[tuple[Check, str]]:
         """Compares the loss with what it was at two thirds of the steps, from marks on the way:
         MARKS / 2 to MARKS of them, further apart the longer the run is."""
-        state, memory, news = self.run.state, self.run.state.health_memory, []
-        if len(memory["losses"]) < LOOK:
+        state, memory, said = self.run.state, self.run.state.health_memory, []
+        if len(memory["losses"]) < CHECK_EVERY:
             return []
         now = statistics.median(memory["losses"])
         before = [loss for step, loss in memory["marks"] if 3 * step <= 2 * state.step]
-        if before and state.step >= 3 * LOOK and state.step > self.run.cfg.warmup_steps:
-            news = self._judge("flat", before[-1] - now)
-        spacing = LOOK
+        if before and state.step >= 3 * CHECK_EVERY and state.step > self.run.cfg.warmup_steps:
+            said = self._judge("flat", before[-1] - now)
+        spacing = CHECK_EVERY
         while state.step > MARKS * spacing:
             spacing *= 2
         marks = [*memory["marks"], [state.step, now]]
         memory["marks"] = [mark for mark in marks if mark[0] % spacing == 0]
-        return news
+        return said
 
     def _judge(self, key: str, value: float, detail: str = "") -> list[tuple[Check, str]]:
         check, state = CHECKS[key], self.run.state

@@ -5,27 +5,38 @@
 
 import dataclasses
 import math
+import statistics
 import sys
+from collections import deque
+from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from tqdm import tqdm
 
+from basics import words
 from basics.words import marked
 from checkpointing import run_folders
 from monitoring import energy, health, jsonl_log, summary
 
 
 def due(freq: int, state, cfg) -> bool:
-    """Every `freq` steps, at step 0, and at the end; never if freq is 0."""
+    """Return whether this step number is a multiple of `freq` (0: never), or the last."""
     return freq > 0 and (state.step % freq == 0 or state.step == cfg.max_steps)
 
 
 def evaluation_due(state, cfg) -> bool:
-    """Whether this step number has an evaluation that is not complete yet."""
+    """Return whether this step number has an evaluation that is not complete yet."""
     freqs = (cfg.eval_freq, cfg.hellaswag_freq, cfg.sample_freq)
     return state.evaluated_step != state.step and any(due(freq, state, cfg) for freq in freqs)
+
+
+class NoLog:
+    """Stands for a log that nobody asked for: takes everything and keeps nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
 
 
 class Monitor:
@@ -60,34 +71,42 @@ class Monitor:
     COLUMNS = ("max_lr", "max_steps", "model", "optimizer", "total_batch_size")  # HParams at first
     POSITIONS = 8  # parts of the context in Loss_by_Position
     LINE_EVERY = 10  # steps between lines where there is no progress bar
+    BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {postfix}"  # fits into 80 columns
 
     def __init__(self, run, peak_flops: float):
         cfg, state = run.cfg, run.state
         self.cfg, self.active = cfg, run.dist.is_main
         self.peak_flops = peak_flops * run.dist.world_size
         self.flops_per_token = run.model.flops_per_token()
-        self.lines_from, self.log, self.jsonl, self.bar = state.step, None, None, None
+        self.tensorboard, self.json_lines, self.lines_from = NoLog(), NoLog(), state.step
+        # With a bar there are no lines. `> train.log` and `| tee` get lines.
+        self.has_bar = self.active and sys.stderr.isatty() and sys.stdout.isatty()
+        self.bar = tqdm(
+            total=cfg.max_steps,
+            initial=state.step,
+            bar_format=self.BAR,
+            dynamic_ncols=True,
+            disable=not self.has_bar,
+        )
+        self.recent_seconds = deque(maxlen=100)  # of steps: the time that is left is not their last
         if not self.active:
             return
         self.health = health.Health(run, summary.speed_depends_on(run))
         self.meter = energy.EnergyMeter(run.dist.device)
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=cfg.max_steps, initial=state.step, unit="step", dynamic_ncols=True
-            )
         self.folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
         fresh = state.step == 0 and state.evaluated_step < 0
         first_step = 0 if fresh else state.step + 1
         elsewhere = run.resumed_from is not None and not run.resumes_own_name
         if cfg.log_jsonl:
-            self.jsonl = jsonl_log.JsonLinesLog(
+            self.json_lines = jsonl_log.JsonLinesLog(
                 self.folder / "metrics.jsonl", first_step, self.say, new_timeline=elsewhere
             )
         if cfg.use_tensorboard:
-            from monitoring import tensorboard_log
+            from monitoring.tensorboard_log import TensorBoardLog  # not loaded without the flag
 
-            self.new_log = tensorboard_log.TensorBoardLog
-            self.log = self.new_log(self.folder, first_step, self.say, new_timeline=elsewhere)
+            self.tensorboard = TensorBoardLog(
+                self.folder, first_step, self.say, new_timeline=elsewhere
+            )
             charts = {
                 # tags are regular expressions there: without $ validation brings validation_best
                 group: {
@@ -95,23 +114,29 @@ class Monitor:
                 }
                 for group, charts in self.LAYOUT.items()
             }
-            self.log.layout(charts)
+            self.tensorboard.layout(charts)
             fields = [f for f in dataclasses.fields(cfg) if f.metadata["in_file"]]
             numeric = [f.name for f in fields if f.type in (int | None, float | None)]
             values = {f.name: getattr(cfg, f.name) for f in fields}
-            self.log.hparams(values, self.METRICS, numeric, self.COLUMNS)
+            self.tensorboard.hparams(values, self.METRICS, numeric, self.COLUMNS)
 
     def say(self, text: str) -> None:
-        if self.active:
-            text = marked(text)
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+        """Print a text on rank 0; in a log file with the time of day."""
+        if not self.active:
+            return
+        if self.has_bar:
+            tqdm.write(marked(text))
+        elif "\n" in text:
+            print(marked(text), flush=True)
+        else:
+            print(f"{datetime.now():%m-%d %H:%M:%S}  {marked(text)}", flush=True)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for log in filter(None, (self.log, self.jsonl)):
-            log.scalars(values, step)
+        self.tensorboard.scalars(values, step)
+        self.json_lines.scalars(values, step)
 
-    def standing(self, run) -> dict[str, float]:
-        """What is written at a look and with each evaluation: warnings that are on, cost so far."""
+    def warnings_and_cost(self, run) -> dict[str, float]:
+        """What is logged at every check and evaluation: how many warnings are on, cost so far."""
         state = run.state
         values = {
             "Health/warnings": self.health.active(timed=False),
@@ -123,29 +148,30 @@ class Monitor:
         return values
 
     def energy(self) -> float:
-        """Joules that the devices used since the last call; 0 where they do not report it."""
+        """Return the joules that the devices used since the last call; 0 if they do not report."""
         return self.meter.take() if self.active else 0.0
 
-    def tell(self, news: list[tuple[health.Check, str]], step: int) -> None:
-        """Warnings that begin or end. Those about speed apart: two equal runs differ in them."""
+    def print_and_log_warnings(self, warnings: list[tuple[health.Check, str]], step: int) -> None:
+        """Those about speed have a tag of their own: two equal runs differ in them."""
         for timed, tag in ((False, "Health/warnings"), (True, "Performance/warnings")):
-            texts = [text for check, text in news if check.timed == timed]
+            texts = [text for check, text in warnings if check.timed == timed]
             for text in texts:
                 self.say(text)
-            if self.log is not None and texts:
-                self.log.text(tag, "\n".join(texts), step)
+            if texts:
+                self.tensorboard.text(tag, "\n".join(texts), step)
 
     def step(
         self, run, loss: float, norm: float, bad: bool, lr: float, seconds: float,
         norms: list[float],
     ) -> None:  # fmt: skip
-        """One finished step; norms of its update and of the weights at a look, else empty."""
+        """One finished step; norms of its update and of the weights at a check, else empty."""
         cfg, state = self.cfg, run.state
         if not self.active:
             return
+        self.recent_seconds.append(seconds)
         rate = cfg.total_batch_size / seconds
         mfu = rate * self.flops_per_token / self.peak_flops
-        left = (cfg.max_steps - state.step) * seconds
+        left = (cfg.max_steps - state.step) * statistics.median(self.recent_seconds)
         applied = min(norm, cfg.grad_clip) if cfg.grad_clip and not math.isnan(norm) else norm
         values = {
             "Loss/train": loss,
@@ -164,24 +190,25 @@ class Monitor:
         }
         if run.dist.device.type == "cuda":
             values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        news = self.health.step(loss, norm, bad, lr, seconds, norms)
+        warnings = self.health.step(loss, norm, bad, lr, seconds, norms)
         if norms and not bad:
             ratios = self.health.layer_ratios(norms)
             values |= {f"Update_Ratio/{layer}": ratio for layer, ratio in ratios.items()}
-        if health.look_due(state.step) and not evaluation_due(state, cfg):
-            values |= self.standing(run)
+        if health.check_due(state.step) and not evaluation_due(state, cfg):
+            values |= self.warnings_and_cost(run)
         self.scalars(values, state.step)
-        self.tell(news, state.step)
-        if self.bar is not None:
+        self.print_and_log_warnings(warnings, state.step)
+        time_left = words.duration(left)
+        if self.has_bar:
             self.bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s", refresh=False
+                f"loss {loss:.4f}, {rate:,.0f} tok/s, {time_left} left", refresh=False
             )
             self.bar.update(state.step - self.bar.n)
         elif state.step % self.LINE_EVERY == 0 or state.step - self.lines_from <= 3:
             self.say(
                 f"step {state.step:>5}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} "
                 f"| norm {norm:.2f} | {1000 * seconds:,.0f} ms | {rate:,.0f} tok/s "
-                f"| {summary.format_seconds(left)} left"
+                f"| {time_left} left"
             )
 
     def evaluation(self, run, by_position, texts: list[str], seconds: float) -> None:
@@ -202,48 +229,41 @@ class Monitor:
             values["Evaluation/hellaswag_accuracy"] = state.hellaswag
             line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
         loss = None if by_position is None else state.validation_loss
-        news = self.health.evaluation(loss, state.hellaswag if scored else None)
-        self.scalars(values | self.standing(run), state.step)
+        warnings = self.health.evaluation(loss, state.hellaswag if scored else None)
+        self.scalars(values | self.warnings_and_cost(run), state.step)
         if line:
             self.say(f"step {state.step:>5}: {', '.join(line)} ({seconds:.1f} s)")
-        self.tell(news, state.step)
+        self.print_and_log_warnings(warnings, state.step)
         for text in texts:
-            self.say(f"step {state.step:>5} sample: {text!r}")
-        if self.log is not None and texts:
-            self.log.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
+            indented = "\n".join(f"    {line}" for line in text.splitlines())
+            self.say(f"step {state.step:>5} sample:\n{indented}")
+        if texts:
+            self.tensorboard.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
 
     def histograms(self, model, step: int) -> None:
-        """Of every weight and of its gradient as it was applied."""
-        if self.log is not None:
-            tensors = {}
-            for name, p in model.named_parameters():
-                tensors[f"Parameters/{name}"] = p.detach()
-                if p.grad is not None:
-                    tensors[f"Gradients/{name}"] = p.grad
-            self.log.histograms(tensors, step)
+        """Distributions of every weight, and of its gradient as it was applied."""
+        tensors = {}
+        for name, p in model.named_parameters():
+            tensors[f"Parameters/{name}"] = p.detach()
+            if p.grad is not None:
+                tensors[f"Gradients/{name}"] = p.grad
+        self.tensorboard.histograms(tensors, step)
 
     def rewind(self, first_step: int) -> None:
         """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""
-        if self.log is not None:
-            self.log.close()
-            self.log = self.new_log(self.folder, first_step, self.say)
-        if self.jsonl is not None:
-            self.jsonl.rewind(first_step)
-        if self.bar is not None:
-            self.bar.n = first_step - 1
+        self.tensorboard.rewind(first_step)
+        self.json_lines.rewind(first_step)
+        self.bar.n = first_step - 1
 
     def flush(self) -> None:
-        for log in filter(None, (self.log, self.jsonl)):
-            log.flush()
+        self.tensorboard.flush()
+        self.json_lines.flush()
 
     def close(self, finished: bool) -> None:
         if self.active:
             self.meter.close()
-        if self.log is not None:
-            if finished:
-                self.log.hparams_end()
-            self.log.close()
-        if self.jsonl is not None:
-            self.jsonl.close()
-        if self.bar is not None:
-            self.bar.close()
+        if finished:
+            self.tensorboard.hparams_end()
+        self.tensorboard.close()
+        self.json_lines.close()
+        self.bar.close()

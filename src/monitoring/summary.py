@@ -10,14 +10,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from basics import durable, host
+from basics import durable, host, words
 from checkpointing import files as checkpoint_files
 from checkpointing import run_folders
 from training import memory as step_memory
@@ -226,14 +226,11 @@ def store_config(run, folder: Path) -> str | None:
         "train_tokens": run.train_data.num_tokens,
         "data_fingerprint": run.train_data.fingerprint,
     }
-    partial = folder / "config.json.partial"
     try:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.replace(folder / "config.json")
+        durable.write(folder / "config.json", json.dumps(record, indent=2).encode() + b"\n")
     except OSError as error:
         if error.errno not in durable.DISK_FULL:
             raise
-        partial.unlink(missing_ok=True)
         return f"{folder / 'config.json'} could not be written: {error.strerror}"
     return None
 
@@ -265,7 +262,7 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
         command = "the same command again, nothing is saved yet"
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
-        f"after {format_seconds(state.train_seconds)} of training{energy}{loss}",
+        f"after {words.duration(state.train_seconds)} of training{energy}{loss}",
         f"checkpoints   {Path(cfg.checkpoint_dir, cfg.run_name)}",
     ]
     if cfg.use_tensorboard:
@@ -273,7 +270,3 @@ def farewell(run, finished: bool, last_stable: int | None = None) -> str:
         rows.append(f"watch         tensorboard --logdir={cfg.tensorboard_dir}")
     rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
     return "\n".join(rows)
-
-
-def format_seconds(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -5,10 +5,9 @@ import dataclasses
 import difflib
 import json
 import os
-import sys
 import tomllib
 
-from basics.words import marked
+from basics import terminal
 
 # What other training programs call them; for the suggestion after a typo.
 OTHER_NAMES = {
@@ -64,22 +63,14 @@ def kind_of(field) -> type:
 # --- The command line -----------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.print_usage(sys.stderr)
-        print(marked(f"error: {message}", sys.stderr), file=sys.stderr)
-        sys.exit(2)
-
-
 def parse_flags(config_class, description: str, argv: list[str]) -> dict:
     """What was given, {name: value}: flags over the file of --config.
 
     A wrong one ends the program with exit code 2 and a sentence.
     """
-    parser = _Parser(
+    parser = terminal.Parser(
         description=description,
         epilog="[in brackets]: what is decided when the flag is not given",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--FLAG VALUE ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

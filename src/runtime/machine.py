@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from basics import host
+from basics import durable, host
 from basics.words import marked
 from training.memory import training_bytes
 
@@ -217,9 +217,7 @@ def remember(key: str, size: int) -> None:
         except (OSError, ValueError, TypeError):
             known = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known | {key: size}, indent=1) + "\n")
-        partial.replace(path)
+        durable.write(path, json.dumps(known | {key: size}, indent=1).encode() + b"\n")
     except OSError:
         pass  # then it is found again next time
 
@@ -299,26 +297,3 @@ def compiled(model, ids_BT, autocast, asked: bool | None):
         warning = f"WARNING torch.compile does not work here ({reason}): training without it"
         print(marked(warning), flush=True)
         return model
-
-
-def compilations() -> int:
-    """Graphs that torch.compile has made so far; each costs tens of seconds of a step."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def profiler(folder: Path, say):
-    """A profiler whose `step()` is called after each step: a trace of three early ones, for
-    Perfetto (https://ui.perfetto.dev) or TensorBoard's profile plugin."""
-
-    def write(profile):
-        path = folder / f"trace_{os.getpid()}.pt.trace.json"
-        profile.export_chrome_trace(str(path))
-        say(f"profile of three steps: {path}")
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    schedule = torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1)
-    return torch.profiler.profile(
-        activities=activities, schedule=schedule, on_trace_ready=write, record_shapes=True
-    )

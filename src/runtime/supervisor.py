@@ -22,13 +22,14 @@ watching thread ends them once rank 0 has said that it is done.
 
 import contextlib
 import faulthandler
-import io
 import os
 import signal
 import sys
 import threading
 import time
 from typing import NoReturn
+
+from basics import terminal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK = 0.2  # seconds between looks of the watching thread
@@ -47,10 +48,7 @@ def begin() -> None:
     for number in _honoured():
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    terminal.make_lasting()
 
 
 def _honoured() -> list[signal.Signals]:
@@ -66,26 +64,6 @@ def end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-class _Lasting:
-    """A standard stream whose terminal, pipe or disk may go: then what is written is dropped. A
-    month of training must not end at a line about it."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
 
 
 # --- While training -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from basics.durable import write_durably
+from basics import durable
 from tokens.tokenizer import EOT, VOCAB_SIZE, fingerprint
 
 # --- Shard files ----------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> dict:
     body = np.ascontiguousarray(tokens, DTYPE)
     sha = hashlib.sha256(header)
     sha.update(body)
-    write_durably(path, header, body)
+    durable.write(path, header, body)
     size = HEADER_BYTES + body.nbytes
     return {
         "name": Path(path).name,
@@ -65,7 +65,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> dict:
 def write_manifest(folder: str | Path, manifest: dict) -> None:
     """Write manifest.json. Keys needed: version, tokenizer_fingerprint, vocab_size, shards (each
     with name, split, tokens, bytes, sha256; documents if known); more are welcome."""
-    write_durably(Path(folder) / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    durable.write(Path(folder) / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""What a command says, and to whom: the same manners in all of them.
+
+    @terminal.command
+    def main(argv=None) -> int: ...
+
+Bad input (ValueError, OSError) is a sentence beginning "error: " on standard error and exit code 2;
+Ctrl-C is 130, without a traceback. A reader who leaves (`| head`), a terminal that is gone and a
+full disk behind `>` end nothing: what is only said is dropped and the work goes on. Colours are for
+what must not be overlooked, on a terminal only, never with NO_COLOR set.
+
+To be imported before anything that opens files: with standard input, output or error closed
+(`>&-`) the next file to be opened would take its number, and what is printed would go into it.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from basics.words import marked
+
+for _number, _name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, _name) is None:  # closed: os.open takes the lowest number that is free
+        with contextlib.suppress(OSError):
+            _fd = os.open(os.devnull, os.O_RDWR)
+            if _fd != _number:
+                os.dup2(_fd, _number)
+                os.close(_fd)
+            os.set_inheritable(_number, True)
+            setattr(sys, _name, os.fdopen(_number, "w" if _number else "r", closefd=False))
+
+# --- Output ---------------------------------------------------------------------------------------
+
+_GONE = (errno.EPIPE, errno.EIO)  # nobody reads it any more, or the terminal was closed
+
+
+class Lasting:
+    """A standard stream that cannot end the program: what cannot be written is dropped."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self.gone = False  # nobody will ever read it
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable, *arguments) -> None:
+        try:
+            act(*arguments)
+        except OSError as e:
+            if e.errno in _GONE and not self.gone:
+                self.gone = True  # also for what libraries write, and what is in the buffers
+                with contextlib.suppress(OSError, ValueError):
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, self._stream.fileno())
+                    os.close(null)
+        except ValueError:  # closed
+            self.gone = True
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def make_lasting() -> None:
+    """Standard output and error drop what cannot be written, or their encoding does not have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
+        if not isinstance(stream, Lasting):
+            setattr(sys, name, Lasting(stream))
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors begin with "error: ", and whose --help keeps its lines."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str):
+        self.print_usage(sys.stderr)
+        print_error(message)
+        sys.exit(2)
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a command's `main`: see above for what becomes of its output and its exceptions."""
+
+    @functools.wraps(main)
+    def run(*arguments, **named) -> int:
+        streams = sys.stdout, sys.stderr
+        make_lasting()
+        try:
+            return main(*arguments, **named)
+        except (ValueError, OSError) as error:
+            print_error(error)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            sys.stdout, sys.stderr = streams
+
+    return run
+
+
+def print_error(error: Exception | str) -> None:
+    """Print "error: " and what went wrong on standard error, in red."""
+    if isinstance(error, OSError) and error.strerror:
+        error = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
+    sys.stdout.flush()  # what was said before comes first
+    print(marked(f"error: {error}", sys.stderr), file=sys.stderr, flush=True)

@@ -1,0 +1,238 @@
+"""Messages and heartbeats: to real servers on this machine, also to ones that hang or refuse."""
+
+import http.server
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from monitoring import notify
+
+
+class Server:
+    """An HTTP server that keeps what it is sent: a service of ntfy's kind, or of healthchecks.io's.
+
+    behaviour: "takes" everything, "hangs", or answers a number.
+    """
+
+    def __init__(self, behaviour="takes"):
+        self.requests, outer = [], self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                outer.requests.append((self.path, dict(self.headers), body))
+                if behaviour == "hangs":
+                    outer.released.wait(60)
+                self.send_response(behaviour if isinstance(behaviour, int) else 200)
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            do_GET = do_POST = do_PUT = answer
+
+            def log_message(self, *args):
+                pass
+
+        self.released = threading.Event()
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.released.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server():
+    servers = []
+
+    def make(behaviour="takes"):
+        servers.append(Server(behaviour))
+        return servers[-1]
+
+    yield make
+    for one in servers:
+        one.close()
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def notifier(*targets, clock=time.monotonic) -> tuple[notify.Notifier, list[str]]:
+    said = []
+    sending = notify.senders(list(targets), "myrun")
+    return notify.Notifier(sending, "myrun", said.append, clock), said
+
+
+def test_a_service_of_apprise_gets_the_message(server):
+    service = server()
+    told, said = notifier(f"ntfy://127.0.0.1:{service.port}/secret-topic")
+    assert told.tell("warning", "loss flat", step=300)
+    told.close()
+    wait_until(lambda: service.requests)
+    body = json.loads(service.requests[0][2])
+    assert body["message"] == "loss flat" and body["title"] == "myrun: warning"
+    assert body["topic"] == "secret-topic" and said == []
+
+
+def test_a_picture_goes_where_the_service_takes_one(server):
+    service = server()
+    told, said = notifier(f"ntfy://127.0.0.1:{service.port}/topic")
+    told.tell(
+        "digest", "numbers", picture=lambda: notify.chart([(i, 5 - i / 100) for i in range(99)])
+    )
+    told.close()
+    wait_until(lambda: any(b"\x89PNG" in body for _, _, body in service.requests))
+    assert said == []
+
+
+def test_a_command_gets_text_and_facts(tmp_path):
+    out = tmp_path / "out"
+    facts = "$NOTIFY_EVENT|$NOTIFY_RUN|$NOTIFY_STEP|$NOTIFY_TITLE"
+    line = f'cmd: cat > "{out}"; echo "{facts}" >> "{out}"'
+    told, said = notifier(line)
+    told.tell("finished", "done, validation loss 3.2\n", step=42)
+    told.close()
+    assert out.read_text() == "done, validation loss 3.2\nfinished|myrun|42|myrun: finished\n"
+    assert said == []
+
+
+@pytest.mark.parametrize("trouble", ["hangs", 500, "refuses"])
+def test_a_service_in_trouble_costs_nothing_and_its_address_is_not_printed(server, trouble):
+    if trouble == "refuses":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    else:
+        port = server(trouble).port
+    told, said = notifier(f"json://user:hunter2@127.0.0.1:{port}/secret")
+    start = time.monotonic()
+    for i in range(300):  # more than the queue holds
+        told.tell(f"kind {i}", "text")
+    assert time.monotonic() - start < 1
+    wait_until(lambda: said)
+    assert "json://..." in said[0] and "training goes on" in said[0]
+    assert "hunter2" not in said[0] and "secret" not in said[0] and str(port) not in said[0]
+
+
+def test_never_more_than_a_stated_rate_and_repeats_are_counted(tmp_path):
+    now, out = [0.0], tmp_path / "out"
+    told, _ = notifier(f'cmd: cat >> "{out}"', clock=lambda: now[0])
+    sent = [told.tell("warning", "again\n") for _ in range(50)]
+    assert sent == [True] + [False] * 49
+    now[0] = told.AGAIN + 1
+    assert told.tell("warning", "later\n")
+    sent = [told.tell("stopped", "x\n") for _ in range(50)]  # a kind that is never held back
+    assert sum(sent) < told.BURST
+    told.close()
+    assert "later\n\n(and 49 more like this since the last message)" in out.read_text()
+
+
+def test_targets_that_cannot_work_are_refused_without_their_secret(monkeypatch):
+    for target in ("nosuch://secret@host", "secret-word"):
+        with pytest.raises(ValueError, match="--notify") as caught:
+            notify.senders([target], "r")
+        assert "secret" not in str(caught.value)
+    monkeypatch.delenv("NTFY", raising=False)
+    with pytest.raises(ValueError, match=r"--notify \$NTFY: the environment has no NTFY"):
+        notify.senders(["$NTFY"], "r")
+    monkeypatch.setenv("NTFY", "json://localhost")
+    assert notify.senders(["$NTFY"], "r")[0][0] == "$NTFY"
+    with pytest.raises(ValueError, match="--heartbeat"):
+        notify.check_url("--heartbeat", "ftp://x")
+
+
+def test_a_command_line_is_redacted():
+    words = ["x.py", "--notify", "ntfy://a/b", "--notify=json://c", "--heartbeat", "https://d/e"]
+    words += ["--notify", "$NTFY", "--notify", "cmd: curl -H 'token: t' https://f", "--seed", "1"]
+    assert notify.redact_words(words) == [
+        "x.py", "--notify", "ntfy://...", "--notify=json://...", "--heartbeat", "https://...",
+        "--notify", "$NTFY", "--notify", "cmd: curl ...", "--seed", "1",
+    ]  # fmt: skip
+
+
+def test_heartbeats_come_once_a_minute_and_in_each_service_s_words(server):
+    service, now = server(), [0.0]
+    beat = notify.Heartbeat(f"http://127.0.0.1:{service.port}/ping/abc", clock=lambda: now[0])
+    beat.start()
+    wait_until(lambda: len(service.requests) == 1)
+    for second in range(181):
+        now[0] = float(second)
+        beat.step()
+        if second % 60 == 0:
+            wait_until(lambda n=second // 60: len(service.requests) == 2 + n)
+    beat.end(well=False)
+    paths = [path for path, _, _ in service.requests]
+    assert paths == ["/ping/abc/start", *["/ping/abc"] * 4, "/ping/abc/fail"]
+    kuma = notify.Heartbeat("http://kuma:3001/api/push/KEY?status=up&msg=OK&ping=")
+    assert "status=up" in kuma.address("step") and "status=down" in kuma.address("fail")
+    other = notify.Heartbeat("http://host/any?x=1")
+    assert [other.address(e) for e in ("start", "step", "fail", "finish")] == [
+        None, "http://host/any?x=1", None, "http://host/any?x=1",
+    ]  # fmt: skip
+
+
+def test_a_hanging_heartbeat_gets_no_second_one(server):
+    service, now = server("hangs"), [0.0]
+    beat = notify.Heartbeat(f"http://127.0.0.1:{service.port}/x", clock=lambda: now[0])
+    start = time.monotonic()
+    for second in range(0, 600, 10):
+        now[0] = float(second)
+        beat.step()
+    assert time.monotonic() - start < 1
+    wait_until(lambda: service.requests)
+    assert len(service.requests) == 1
+
+
+def test_systemd_s_watchdog_is_fed(tmp_path, monkeypatch):
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        systemd.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        beat = notify.Heartbeat(None)
+        beat.start()
+        beat.step()
+        beat.end(well=True)
+        words = [systemd.recv(100) for _ in range(3)]
+    assert words == [b"READY=1", b"WATCHDOG=1", b"STOPPING=1"]
+
+
+def test_a_slowdown_is_told_when_it_begins_and_when_it_is_over():
+    slow, told = notify.Slowdown(), []
+    for seconds in [10.0] * 120 + [13.0] * 120 + [16.0] * 120 + [10.0] * 120:
+        told.append(slow.step(seconds))
+    said = [text for text in told if text]
+    assert len(said) == 2 and "1.6 times" in said[0] and said[1].startswith("over")
+
+
+def test_a_digest_has_numbers_bests_and_a_chart():
+    now = [0.0]
+    digest = notify.Digest(notify.seconds_of("--notify_every", "24h"), clock=lambda: now[0])
+    for step in range(5000):
+        digest.step(step, 5 - step / 2000)
+    assert len(digest.losses) <= digest.POINTS and not digest.is_due()
+    digest.best["validation loss"] = (4000, 3.21)
+    now[0] = 86_401.0
+    assert digest.is_due()
+    text, draw = digest.take("step 5,000 of 9,000")
+    assert text.splitlines() == [
+        "step 5,000 of 9,000",
+        "new best validation loss: 3.2100 at step 4,000",
+    ]
+    assert draw()[:4] == b"\x89PNG" and not digest.is_due() and digest.best == {}
+
+
+@pytest.mark.parametrize("text", ["", "24", "0h", "1w", "-1h", "h"])
+def test_periods_that_mean_nothing_are_refused(text):
+    with pytest.raises(ValueError, match="--notify_every"):
+        notify.seconds_of("--notify_every", text)
