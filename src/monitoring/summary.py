@@ -30,7 +30,7 @@ def plan(run) -> str:
     total_tokens = cfg.max_steps * cfg.total_batch_size
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    memory = step_memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    memory = step_memory.of_run(run)
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
@@ -112,10 +112,8 @@ def every_flag(cfg, given: dict) -> str:
 
 
 def checkpoint_bytes(run) -> int:
-    """Weights and moments in float32: two, but one for the matrices that Muon trains."""
-    matrices = [p for p in run.model.transformer.h.parameters() if p.dim() >= 2]
-    one_moment = sum(p.numel() for p in matrices) if run.cfg.optimizer == "muon" else 0
-    return 12 * run.model.num_params() - 4 * one_moment
+    """Return the bytes of weights and moments, in float32."""
+    return step_memory.state_bytes(run.model, run.cfg.optimizer)
 
 
 def checkpoints_kept(cfg) -> int:
@@ -169,7 +167,7 @@ def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
 def memory_warning(run) -> str | None:
     """Said where the estimate for the micro-batch, with the copy for checkpoints, does not fit."""
     cfg, device = run.cfg, run.dist.device
-    need, copy = step_memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size), 0
+    need, copy = step_memory.of_run(run), 0
     if device.type == "cuda":
         available, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
     else:

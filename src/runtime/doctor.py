@@ -228,7 +228,7 @@ def check_memory(report: Report, run) -> bool:
     """The estimate of what training needs, and the copy that saving in the background needs ->
     whether training fits."""
     cfg, device = run.cfg, run.dist.device
-    need = memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    need = memory.of_run(run)
     there = free_memory(device)
     text = (
         f"training needs about {need / 1e9:.1f} GB at {cfg.micro_batch_size} sequence(s) a pass, "
@@ -418,7 +418,7 @@ def check_speed(report: Report, ti, run) -> None:
         report.add("ok", "this plan", text)
     if shape != ti.PRESETS["gpt2"]:
         run = reference_run(ti, run)
-        need = memory.training_bytes(run.model, run.dtype, 1)
+        need = memory.training_bytes(run.model, run.dtype, 1, device)
         free = free_memory(device)
         if need > free:
             text = f"training 124M needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -435,11 +435,10 @@ def reference_run(ti, run):
     cfg = dataclasses.replace(run.cfg, model="gpt2", **(ti.PRESETS["gpt2"] | ti.TRAINING["gpt2"]))
     with torch.device("meta"):
         model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-    sequences = cfg.total_batch_size // cfg.seq_len if run.dist.device.type != "cpu" else 1
-    cfg.micro_batch_size = machine.choose_micro_batch(
-        model, sequences, run.dist.device, run.dtype, 1, run.autocast
-    )
-    return dataclasses.replace(run, cfg=cfg, model=model)
+    run = dataclasses.replace(run, cfg=cfg, model=model)
+    quick = run.dist.device.type == "cpu"
+    cfg.micro_batch_size = 1 if quick else machine.choose_micro_batch(run)
+    return run
 
 
 def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | None:
@@ -458,9 +457,9 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
             ids = torch.randint(tokenizer.VOCAB_SIZE, shape)
         run.optimizer = ti.make_optimizer(run.model, cfg)
         run.loss_scale = ti.LossScale(run.dtype, device)
-        train_model = run.model
-        if cfg.compile or (cfg.compile is None and device.type == "cuda"):
-            train_model = machine.compiled(run.model, ids, run.autocast, None)
+        if cfg.compile is None:
+            cfg.compile = device.type == "cuda"
+        train_model = ti.prepare_pass(run, asked=None)
 
         def micro_batch():
             ti.forward_backward(run, train_model, ids)
