@@ -1252,6 +1252,7 @@ def main() -> int:
     dist = None
     try:
         launch.adopt_slurm(os.environ)
+        launch.check_environment(os.environ)
         dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
         if given.get("print_config"):
             return print_config(given, dist)

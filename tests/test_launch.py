@@ -88,6 +88,51 @@ def test_everything_else_is_left_alone(changes):
     assert env == before
 
 
+def test_a_shell_in_a_step_is_no_task_of_it(capfd):
+    """srun --ntasks=8 --pty bash, and then python typed there."""
+    before = STEP | {"SLURM_PTY_PORT": "40001"}
+    assert adopted(SLURM_PTY_PORT="40001") == before
+    assert "one process trains" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "layout, node, here", [("4(x2)", "1", 4), ("4(x2),3", "2", 3), ("8", "0", 8), ("", "0", None)]
+)
+def test_tasks_of_this_node(layout, node, here):
+    env = adopted(SLURM_TASKS_PER_NODE=layout, SLURM_NODEID=node)
+    assert env.get("LOCAL_WORLD_SIZE") == (here and str(here))
+
+
+LEFT_OVER = {
+    "WORLD_SIZE=2 RANK=0": "MASTER_ADDR",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost": "MASTER_PORT",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=tcp://10.0.0.1:29500": "MASTER_PORT=tcp",
+    "WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1": "no RANK",
+    "WORLD_SIZE=two RANK=0": "WORLD_SIZE=two",
+    "WORLD_SIZE=2 RANK=2 MASTER_ADDR=localhost MASTER_PORT=1": "RANK=2",
+    "RANK=1": "RANK=1",
+    "LOCAL_RANK=3": "LOCAL_RANK=3",
+    "SLURM_STEP_ID=0 SLURM_NTASKS=4(x2) SLURM_PROCID=0": "SLURM_NTASKS=4(x2)",
+}
+
+
+@pytest.mark.parametrize("variables, words", LEFT_OVER.items())
+def test_variables_left_over_are_a_sentence(variables, words):
+    env = dict(pair.split("=", 1) for pair in variables.split())
+    with pytest.raises(ValueError) as caught:
+        launch.adopt_slurm(env)
+        launch.check_environment(env)
+    assert words in str(caught.value) and "unset" in str(caught.value)
+
+
+@pytest.mark.parametrize("variables", ["WORLD_SIZE= RANK=", "CUDA_VISIBLE_DEVICES=", "RANK=0"])
+def test_empty_variables_count_as_not_set(variables):
+    env = dict(pair.split("=", 1) for pair in variables.split())
+    launch.adopt_slurm(env)
+    launch.check_environment(env)
+    assert not env.get("WORLD_SIZE")
+
+
 def test_a_torn_environment_is_an_error():
     with pytest.raises(ValueError, match="SLURM_LOCALID"):
         adopted(SLURM_LOCALID=None)

@@ -67,10 +67,18 @@ def test_out_of_memory_is_recognised():
     assert not machine.is_out_of_memory(RuntimeError("shapes do not match"))
 
 
-def test_profile_writes_a_trace(tmp_path, data):
-    flags = "--max_steps 8 --eval_freq 0 --sample_freq 0 --run_name a --profile".split()
+@pytest.mark.parametrize("steps", [8, 5])  # whole, and a command that ends within the trace
+def test_profile_writes_a_trace(tmp_path, data, steps):
+    flags = f"--max_steps {steps} --eval_freq 0 --sample_freq 0 --run_name a --profile".split()
     out, _ = run(*flags, cwd=tmp_path, data=data)
     (trace,) = (tmp_path / "runs" / "a").glob("*.pt.trace.json")
-    assert f"profile of three steps: runs/a/{trace.name}" in out
+    assert f"--profile: runs/a/{trace.name}" in out
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "aten::addmm" in names and any("ProfilerStep" in str(n) for n in names)
+
+
+def test_a_profile_of_too_few_steps_is_said(tmp_path, data):
+    flags = "--max_steps 2 --eval_freq 0 --sample_freq 0 --run_name a --profile".split()
+    out, _ = run(*flags, cwd=tmp_path, data=data)
+    assert "--profile: no trace, it needs at least 4 steps" in out
+    assert not list((tmp_path / "runs").rglob("*.trace.json"))

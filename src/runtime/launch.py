@@ -3,6 +3,7 @@
 srun --ntasks-per-node=4 --gpus-per-node=4 python src/train_improved.py ...
 """
 
+import os
 import re
 import sys
 
@@ -17,13 +18,23 @@ def adopt_slurm(env) -> None:
 
     Nothing is set unless this process is one of several tasks of an srun step and nobody has set
     them: torchrun inside a Slurm job stays in charge, and so does a script that exports RANK and
-    the like itself. MASTER_ADDR and MASTER_PORT are kept where they are given.
+    the like itself. MASTER_ADDR and MASTER_PORT are kept where they are given. Raise ValueError if
+    what Slurm says does not fit together.
     """
     step = env.get("SLURM_STEP_ID", "")
-    tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
-    if any(name in env for name in TORCHRUN) or not (step.isdecimal() and tasks.isdecimal()):
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or "1"
+    if any(env.get(name) for name in TORCHRUN) or not step.isdecimal():
         return
+    if not tasks.isdecimal():
+        raise ValueError(f"SLURM_NTASKS={tasks}: is no number; start with srun, or unset it")
     if int(step) >= SPECIAL_STEPS or int(tasks) < 2:
+        return
+    if _is_typed_into_a_shell(env):
+        print(
+            f"this shell is in a Slurm step of {tasks} tasks, but is none of them: one process "
+            "trains; srun python src/train_improved.py starts one for each task",
+            file=sys.stderr,
+        )
         return
     try:
         nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
@@ -39,6 +50,8 @@ def adopt_slurm(env) -> None:
     if re.fullmatch("[^,]+", env.get("CUDA_VISIBLE_DEVICES", "")):
         local_rank = 0
     env.update({"RANK": str(rank), "WORLD_SIZE": tasks, "LOCAL_RANK": str(local_rank)})
+    if here := tasks_of_this_node(env):
+        env["LOCAL_WORLD_SIZE"] = str(here)
     env.setdefault("MASTER_ADDR", first_host(nodes))
     # The same in all processes, another one for the next job, and for the next step of this job.
     env.setdefault("MASTER_PORT", str(PORTS[(16 * job + int(step)) % len(PORTS)]))
@@ -47,7 +60,56 @@ def adopt_slurm(env) -> None:
         print(f"Slurm step {job}.{step}: {tasks} processes, meeting at {address}", file=sys.stderr)
 
 
+def _is_typed_into_a_shell(env) -> bool:
+    """Return whether `srun --pty bash` started the shell that started this process: what is typed
+    there inherits the variables of a task."""
+    try:
+        with open(f"/proc/{os.getppid()}/comm") as file:
+            if file.read().startswith("slurmstepd"):
+                return False
+    except OSError:
+        pass  # not Linux
+    return "SLURM_PTY_PORT" in env or (sys.stdin is not None and sys.stdin.isatty())
+
+
+def tasks_of_this_node(env) -> int | None:
+    """Return how many tasks of the step run on this node, from Slurm's "4(x2),3"; None: unknown."""
+    counts = []
+    layout = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", layout):
+        counts += [int(count)] * int(times or 1)
+    node = env.get("SLURM_NODEID", "0")
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else None
+
+
+def check_environment(env) -> None:
+    """Raise ValueError for launcher's variables that do not fit together: a sentence instead of a
+    wait for processes that never come. Empty ones count as not set, and are removed."""
+    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name, "x"):
+            del env[name]
+    unset = "; start with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
+    numbers = {name: env[name] for name in TORCHRUN if name in env}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name}={value} in the environment is no number{unset}")
+    world_size = int(numbers.get("WORLD_SIZE", 1))
+    for name in ("RANK", "LOCAL_RANK"):
+        if int(numbers.get(name, 0)) >= world_size:
+            raise ValueError(
+                f"{name}={numbers[name]} in the environment, with WORLD_SIZE "
+                f"{numbers.get('WORLD_SIZE', 'not set')}: left over from another start?{unset}"
+            )
+    if world_size == 1:
+        return
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in env:
+            raise ValueError(f"WORLD_SIZE={world_size} in the environment, but no {name}{unset}")
+    if not (env["MASTER_PORT"].isdecimal() and 0 < int(env["MASTER_PORT"]) < 65_536):
+        raise ValueError(f"MASTER_PORT={env['MASTER_PORT']} is no port from 1 to 65535{unset}")
+
+
 def first_host(nodes: str) -> str:
-    """The first name of Slurm's node list: "node[003-007,9],login1" -> "node003"."""
+    """Return the first name of Slurm's node list: "node[003-007,9],login1" -> "node003"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges[1])[0], first)

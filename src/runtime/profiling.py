@@ -62,4 +62,4 @@ class StepWatch:
         path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))
         self._written = True
-        self._announce(f"profile of the last steps: {path}")
+        self._announce(f"--profile: {path}")
