@@ -1,6 +1,7 @@
 """Run parts of the training program on a CUDA device that has shapes but no kernels.
 
-Run as a program of its own: `python on_fake_cuda.py STUB.so PART ...` prints a JSON line a part. The stub
+Run as a program of its own: `python on_fake_cuda.py STUB.so '["step", {}, {}]'
+...` prints a JSON line for each [part, its options, the card]. The stub
 must be there before torch is imported, which reads its registry of hooks once.
 """
 
@@ -15,40 +16,54 @@ if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1])
     sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
+import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train_improved as ti
+from monitoring import health
+from runtime import machine
+from training import memory, scoring
+
 DEVICE = torch.device("cuda", 0)
 
 
 class Watch(TorchDispatchMode):
-    """Bytes alive on the device and their peak; operations between devices; too much is an error.
+    """Counts bytes alive on the device and their peak; notes what copies between devices or waits.
 
-    limit: bytes of the card. An operation whose result is beyond it raises OutOfMemoryError.
+    crossings: names of operations with tensors of two devices. waits: those that keep the host until
+    the device has come so far. limit: bytes of the card; what goes beyond is out of memory.
     """
 
     def __init__(self, limit: float = float("inf")):
         super().__init__()
         self.limit, self.live, self.peak = limit, 0, 0
-        self.sizes, self.crossings = {}, []
+        self.sizes, self.crossings, self.waits = {}, [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default:  # .item(), .tolist(), bool()
+            if tensors[0].is_cuda:
+                self.waits.append(str(func))
+            return {torch.bool: False, torch.int64: 1}.get(tensors[0].dtype, 1.0)
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        if len({t.device.type for t in tensors}) > 1:
+        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in tensors + results}) > 1:
             self.crossings.append(str(func))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.is_cuda:
+            non_blocking = (kwargs or {}).get("non_blocking") or (args[-1] is True)
+            if results[0].device.type == "cpu" and not non_blocking:
+                self.waits.append(str(func))
+        for t in results:
+            if t.is_cuda:
                 self._count(t.untyped_storage())
         return out
 
     def _count(self, storage) -> None:
-        key = storage._cdata
+        key, size = storage._cdata, storage.nbytes()
         if key in self.sizes:
             return
-        size = storage.nbytes()
         if self.live + size > self.limit:
             raise torch.OutOfMemoryError(f"CUDA out of memory: {size:,} bytes")
         self.sizes[key] = size
@@ -71,19 +86,43 @@ def attention(q, k, v, attn_mask=None, is_causal=False):
     return efficient(q, k, v, attn_mask, q.requires_grad, 0.0, is_causal)[0]
 
 
+class Card:
+    """What the program asks about a card, answered from a Watch. The rest of it is a stub's."""
+
+    name, is_integrated = "a fake", False
+
+    def __init__(self, watch: Watch, total: float, shared: bool):
+        self.watch, self.total_memory, self.is_integrated = watch, total, shared
+
+    def install(self) -> None:
+        watch = self.watch
+        torch.cuda.get_device_properties = lambda device=None: self
+        of = torch.accelerator
+        of.get_memory_info = lambda device=None: (self.total_memory - watch.live, self.total_memory)
+        of.memory_reserved = of.memory_allocated = lambda device=None: watch.live
+        of.max_memory_allocated = lambda device=None: watch.peak
+        of.reset_peak_memory_stats = lambda device=None: setattr(watch, "peak", watch.live)
+        of.empty_cache = of.synchronize = torch.cuda.synchronize = lambda device=None: None
+
+
 @contextlib.contextmanager
-def fake_cuda(limit: float = float("inf")):
-    """Tensors on "cuda" that hold nothing, under a Watch."""
+def fake_cuda(total: float = float("inf"), shared: bool = False):
+    """Tensors on "cuda" that hold nothing, on a card with `total` bytes, under a Watch."""
     FakeTensorMode.avoid_device_init = True  # although is_available() lies from here on
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+    torch.cuda.get_rng_state = torch.get_rng_state
+    torch.cuda.set_rng_state = torch.set_rng_state = lambda state: None
+    torch.Tensor.pin_memory = lambda tensor: tensor
+    torch.Tensor.numpy = lambda tensor, **_: np.zeros(tensor.shape, np.int32)
     torch.nn.functional.scaled_dot_product_attention = attention
-    with FakeTensorMode(allow_non_fake_inputs=True), Watch(limit) as watch:
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch(total) as watch:
+        Card(watch, total, shared).install()
         yield watch
 
 
-class Recorder:
-    """Takes a monitor's calls in training and keeps none of them."""
+class Silent:
+    """Takes the calls of training on its monitor and its supervisor."""
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: 0.0
@@ -100,53 +139,134 @@ class Batches:
         return torch.zeros(self.shape, dtype=torch.long, device=DEVICE)
 
 
-def build(ti, model: str, micro_batch: int, accumulation: int, n_layer=None, **flags):
-    """A run of this model on the fake device, as `build` of the script makes it."""
-    shape = ti.PRESETS[model] | ({"n_layer": n_layer} if n_layer else {})
-    batch = micro_batch * accumulation
+class Data:
+    """Validation data of zeros."""
+
+    fingerprint, num_tokens, num_windows = "zeros", 10**6, 64
+
+    def __init__(self, seq_len: int):
+        self.seq_len = seq_len
+
+    def windows_in_order(self, index):
+        return np.zeros((len(index), self.seq_len + 1), np.uint16)
+
+
+class Alone:
+    """The one process of a run on the fake device."""
+
+    device, world_size, rank, is_main = DEVICE, 1, 0, True
+
+    def sum(self, values):
+        return values
+
+
+def make_run(model="gpt2", micro_batch=4, accumulation=1, dtype="bfloat16", **flags) -> ti.Run:
+    """A run as set_up and build make it."""
+    shape = ti.PRESETS[model] | {k: flags.pop(k) for k in ("n_layer", "seq_len") if k in flags}
+    never = dict.fromkeys(
+        "eval_freq hellaswag_freq sample_freq histogram_freq checkpoint_freq".split(), 0
+    )
     cfg = ti.Config(
-        model=model, micro_batch_size=micro_batch, total_batch_size=batch * shape["seq_len"],
-        max_steps=10**6, warmup_steps=10, max_lr=1e-3, min_lr=0.0, run_name="fake",
-        hellaswag_freq=0, sample_freq=0, eval_freq=0, histogram_freq=0, checkpoint_freq=0,
-        dtype="bfloat16", compile=False, **shape,
+        model=model, **shape, micro_batch_size=micro_batch, dtype=dtype, compile=False,
+        total_batch_size=micro_batch * accumulation * shape["seq_len"], max_steps=10**6,
+        warmup_steps=10, max_lr=1e-3, min_lr=0.0, run_name="fake", **(never | flags),
     )  # fmt: skip
-    vars(cfg).update(flags)
     with DEVICE:
         gpt = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-    dist = type("Alone", (), {"device": DEVICE, "world_size": 1, "rank": 0, "is_main": True})()
-    dist.sum = lambda values: values
-    dtype = getattr(torch, cfg.dtype)
-    data = type("Data", (), {"fingerprint": "none", "num_tokens": 0, "num_windows": 64})()
-    data.windows_in_order = lambda index: __import__("numpy").zeros(
-        (len(index), cfg.seq_len + 1), "uint16"
-    )
-    run = ti.Run(cfg, set(), dist, data, data, [], dtype, model=gpt)
+    data = Data(cfg.seq_len)
+    run = ti.Run(cfg, set(), Alone(), data, data, [], getattr(torch, dtype), model=gpt)
     run.optimizer = ti.make_optimizer(gpt, cfg)
-    run.loss_scale = ti.LossScale(dtype, DEVICE)
-    run.checkpoint_folder = Path("checkpoints")
-    training = ti.Training(
-        run, gpt, Batches(batch, cfg.seq_len), None, Recorder(), Recorder()
-    )
-    return run, training
+    run.loss_scale = ti.LossScale(run.dtype, DEVICE)
+    return run
 
 
-def steps(ti, watch, count: int = 3, **options) -> dict:
-    """What `count` training steps do: crossings and reads of a step, peak, the plan's estimate."""
-    from training.memory import training_bytes
-
-    run, training = build(ti, **options)
-    reads, crossings = [], []
-
-    def read(flight):
-        reads.append(flight.values.device.type)
-        return [2.0, 1.0, 0.0] + [1.0] * (len(flight.values) - 3)
-
-    ti.InFlight.wait = read
+def step(watch, count=2, **options) -> dict:
+    """The last of `count` steps, at a step number whose update is looked at."""
+    run = make_run(**options)
+    batches = Batches(run.cfg.total_batch_size // run.cfg.seq_len, run.cfg.seq_len)
+    training = ti.Training(run, run.model, batches, None, Silent(), Silent())
     training.poll = lambda waiting=False: None
-    for _ in range(count):  # .item(), .tolist(), bool(tensor) raise by themselves
+    run.state.step = health.CHECK_EVERY - count
+    for _ in range(count):
         watch.crossings.clear()
+        watch.waits.clear()
         training.step()
-        crossings.append(list(watch.crossings))
-    accumulating = options["accumulation"] > 1
-    estimate = training_bytes(run.model, run.dtype, run.cfg.micro_batch_size, accumulating=accumulating)
-    return {"crossings": crossings[-1], "reads": len(reads), "peak": watch.peak, "estimate": estimate}
+    return {
+        "crossings": watch.crossings,
+        "waits": watch.waits,
+        "peak": watch.peak,
+        "estimate": memory.of_run(run),
+        "step": run.state.step,
+    }
+
+
+def micro_batch(watch, **options) -> dict:
+    """The micro-batch found on a card, and the peak of a step with it."""
+    run = make_run(**options)
+    budget = machine.memory_budget(DEVICE, 1)
+    found = machine.choose_micro_batch(run)
+    return {"found": found, "most": watch.peak, "budget": budget}
+
+
+def evaluation(watch) -> dict:
+    """Waits of each kind of evaluation, and what copies between devices in it."""
+    run = make_run(n_layer=2, seq_len=256, val_tokens=16_384, sample_tokens=4)
+    endings = [[318, 257], [318], [257], [257, 318, 11]]
+    item = scoring.Item(0, 0, "", [464, 3290, 318], endings, [4, 2, 1, 5], exact=True)
+    run.hellaswag_items = [item] * 3
+    found = {}
+    for name in ("validation_loss", "hellaswag_accuracy", "samples"):
+        watch.crossings.clear()
+        watch.waits.clear()
+        try:
+            getattr(ti, name)(run, lambda: None)
+        finally:
+            found[name] = [list(watch.crossings), list(watch.waits)]
+    return found
+
+
+def histograms_and_checkpoint(watch) -> dict:
+    """Crossings and waits of histograms, of the copy for a checkpoint, and of a step after it was
+    restored."""
+    from checkpointing import background, files
+    from monitoring import histograms
+
+    run = make_run(n_layer=2, seq_len=256, optimizer="muon", dtype="float16")
+    training = ti.Training(run, run.model, Batches(4, 256), None, Silent(), Silent())
+    training.poll = lambda waiting=False: None
+    training.step()
+    found = {}
+
+    def note(name, work):
+        watch.crossings.clear()
+        watch.waits.clear()
+        result = work()
+        found[name] = [sorted(set(watch.crossings)), len(watch.waits)]
+        return result
+
+    tensors = {name: p.detach() for name, p in run.model.named_parameters()}
+    note("histograms", lambda: histograms.summaries(tensors))
+
+    # What asks for addresses: tensors that hold nothing have none.
+    background._pin = lambda arena: True
+    background._move_all = lambda moves: None
+    background.identity = lambda t: (t.untyped_storage()._cdata, t.storage_offset(), t.shape)
+    saver, copies = background.BackgroundSaver(lambda text: None), []
+    saver._write = lambda path, state, *_: copies.append(state)  # what is on disk is another test's
+    state = ti.checkpoint_of(run)
+    saver.allocate(state)
+    note("checkpoint", lambda: saver.save("step.pt", state))
+    saver.wait()
+    devices = set()
+    files.map_tensors(copies[0], lambda tensor, where: devices.add(tensor.device.type))
+    found["copy on"] = sorted(devices)
+    note("restore", lambda: ti.restore(run, copies[0]))
+    note("step", training.step)
+    return found
+
+
+if __name__ == "__main__":
+    for line in sys.argv[2:]:
+        part, options, card = json.loads(line)
+        with fake_cuda(**card) as watch:
+            print(json.dumps(globals()[part](watch, **options)), flush=True)

@@ -462,7 +462,7 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
         train_model = ti.prepare_pass(run, asked=None)
 
         def micro_batch():
-            ti.forward_backward(run, train_model, ids)
+            ti.forward_backward(run, train_model, ids, poll=lambda: None)
 
         def update():
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
