@@ -1187,7 +1187,7 @@ def compare_recipes(run: Run) -> dict[str, tuple[Config, float]]:
 
 
 def prepare_pass(run: Run, asked: bool | None) -> nn.Module:
-    """Return what a step calls: the model, compiled if it can be, inside DDP if there are others."""
+    """Return what a step calls: the model, compiled if it can be, in DDP if there are others."""
     cfg, dist = run.cfg, run.dist
 
     def wrap(model):

@@ -33,8 +33,8 @@ DEVICE = torch.device("cuda", 0)
 class Watch(TorchDispatchMode):
     """Counts bytes alive on the device and their peak; notes what copies between devices or waits.
 
-    crossings: names of operations with tensors of two devices. waits: those that keep the host until
-    the device has come so far. limit: bytes of the card; what goes beyond is out of memory.
+    crossings: operations with tensors of two devices. waits: those that keep the host until the
+    device has come so far. limit: bytes of the card; what goes beyond is out of memory.
     """
 
     def __init__(self, limit: float = float("inf")):

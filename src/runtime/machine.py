@@ -133,11 +133,16 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
 
 
 def _search(sizes: list[int], budget: float, estimate, measure) -> int:
-    """Return the largest of `sizes` whose need stays within the budget: 1, 2, 4 ... as far as what
-    was measured so far says that the next one fits. Out of memory with 1 is the caller's."""
-    n, need, per_sequence = 1, measure(1), estimate(2) - estimate(1)
+    """Return the largest of `sizes` whose need stays within the budget: 1, 2, 4 ... as far as the
+    next one fits by the estimate of what it adds, corrected by what was measured so far. Out of
+    memory with 1 is the caller's."""
+    n, need, correction = 1, measure(1), 1.0
     probes = {2, *sizes} if max(sizes) > 1 else set()
-    while ahead := [m for m in probes if m > n and need + (m - n) * per_sequence <= budget]:
+
+    def expected(m: int) -> float:
+        return need + correction * (estimate(m) - estimate(n))
+
+    while ahead := [m for m in probes if m > n and expected(m) <= budget]:
         larger = max((m for m in ahead if m <= 2 * n), default=min(ahead))
         try:
             there = measure(larger)
@@ -148,7 +153,8 @@ def _search(sizes: list[int], budget: float, estimate, measure) -> int:
         if there > budget:
             probes = {m for m in probes if m < larger}
         else:
-            n, need, per_sequence = larger, there, (there - need) / (larger - n)
+            correction = (there - need) / (estimate(larger) - estimate(n))
+            n, need = larger, there
     return max(m for m in sizes if m <= n)
 
 

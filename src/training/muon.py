@@ -33,6 +33,12 @@ def orthogonalized(x, dtype: torch.dtype):
     return x.mT if tall else x
 
 
+# The second is what PyTorch before 2.13 calls it.
+_all_gather = getattr(
+    torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
+)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """The groups `muon` by Muon and those of `adamw` by it; one `lr` and `found_inf` for both.
 
@@ -92,7 +98,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 update = self._orthogonalized(direction, group["parts"])
                 mine[start : start + p.numel()] = update.flatten()
         everything = mine.new_empty(self.world_size * len(mine))
-        torch.distributed.all_gather_single(everything, mine)
+        _all_gather(everything, mine)
         for i, (p, _) in enumerate(matrices):
             rank, start = places[i]
             start += rank * len(mine)
