@@ -13,6 +13,7 @@ disk?), training (what acts on tensors?), tokens (how does text become batches?)
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -795,21 +796,26 @@ def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> tor
     try:
         return accumulate_gradients(run, train_model, batch, poll)
     except RuntimeError as error:
-        size, synchronising = run.cfg.micro_batch_size, run.dist.world_size > 1 and run.last_micro
-        if not machine.is_out_of_memory(error) or size == 1:
-            raise
-        run.cfg.micro_batch_size = machine.smaller(size, len(batch))
-        machine.remember_smaller(run.model, run.dist.device, run.dtype, run.cfg.micro_batch_size)
-        print(
-            f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
-            f"{run.cfg.micro_batch_size} from now on (same batch, same numbers)",
-            flush=True,
-        )
-        if synchronising:
+        take_less_memory(run, error)
+        if run.dist.world_size > 1 and run.last_micro:
             raise  # the other ranks have summed half of the gradients: only a restart helps
-    if run.dist.device.type == "cuda":
-        torch.cuda.empty_cache()
+    machine.empty_cache(run.dist.device)
     return forward_backward(run, train_model, batch, poll)
+
+
+def take_less_memory(run: Run, error: RuntimeError) -> None:
+    """Go on with a smaller micro-batch after an out-of-memory; raise any other error again."""
+    cfg, size = run.cfg, run.cfg.micro_batch_size
+    if not machine.is_out_of_memory(error) or size == 1:
+        raise error
+    sequences = cfg.total_batch_size // cfg.seq_len // run.dist.world_size
+    cfg.micro_batch_size = machine.smaller(size, sequences)
+    machine.remember_shortage(run.model, run.dist.device, run.dtype, cfg.micro_batch_size)
+    print(
+        f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
+        f"{cfg.micro_batch_size} from now on (same batch, same numbers)",
+        flush=True,
+    )
 
 
 def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
@@ -838,15 +844,14 @@ class InFlight:
 
     def __post_init__(self):
         self.arrived = None
-        if self.values.is_cuda:
+        if self.values.device.type != "cpu":
+            self.arrived = torch.Event(self.values.device)
             self.values = self.values.to("cpu", non_blocking=True)
-            self.arrived = torch.cuda.Event()
             self.arrived.record()
 
-    def wait(self) -> list[float]:
+    def wait(self, poll: Poll) -> None:
         if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.values.tolist()
+            machine.wait_until(self.arrived, poll)
 
 
 class Training:
@@ -888,7 +893,9 @@ class Training:
                 self.step()
         except (StopRequested, RuntimeError) as error:
             stop = self.supervisor.stop_for(error)
-            if self.all_here and not self.mid_update:
+            if not machine.answers(run.dist.device):  # NCCL waits for a process that has died
+                self.monitor.say("the device does not answer: nothing is saved but what was before")
+            elif self.all_here and not self.mid_update:
                 self.save()
             raise stop from None
         finally:
@@ -901,7 +908,7 @@ class Training:
         with reading_data():
             batch = self.loader.next_batch(lambda: self.poll_alone(waiting=True))
         loss = forward_backward(run, self.train_model, batch, self.poll)
-        self.read_last_metrics()  # while the device works
+        self.read_last_metrics(self.poll)  # while the device works
         if state.consecutive_skips >= cfg.max_skips:
             roll_back(run, self.loader, self.saver, self.monitor)
             self.saved_at = (state.step, state.evaluated_step)
@@ -942,13 +949,14 @@ class Training:
             self.monitor.histograms(run.model, state.step)
             self.clock.count_as_overhead()
 
-    def read_last_metrics(self) -> None:
+    def read_last_metrics(self, poll: Poll = lambda: None) -> None:
         """Read the metrics in flight: the one place where the host waits for the device, one step
         late, when the next step's work is already queued."""
         if self.in_flight is None:
             return
+        self.in_flight.wait(poll)  # which may raise: then they are still to be read
         flight, self.in_flight = self.in_flight, None
-        loss, norm, bad, *norms = flight.wait()
+        loss, norm, bad, *norms = flight.values.tolist()
         seconds = self.clock.count_as_training()
         state = self.run.state
         if verdict := self.guard.observe(loss, bool(bad), flight.limit):
@@ -1131,13 +1139,9 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         run.model.to(dist.device)
         if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
             run.model.load_state_dict(weights)
-    if cfg.micro_batch_size is None:
-        sequences = cfg.total_batch_size // cfg.seq_len // dist.world_size
-        cfg.micro_batch_size = dist.on_main(
-            lambda: machine.choose_micro_batch(
-                run.model, sequences, dist.device, dtype, dist.world_size, run.autocast
-            )
-        )
+    if "micro_batch_size" not in flags_now:
+        before = cfg.micro_batch_size
+        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run, before))
     if checkpoint is not None:
         planning.say_changes(run, checkpoint, flags_now)
     return run, checkpoint
@@ -1185,7 +1189,33 @@ def for_doctor(flags_now: dict) -> doctor.Program:
 
     reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
     given = Config(**flags_now)
-    return doctor.Program(given, plan, new_model, forward_backward, reference, SAMPLE_DIR)
+    trying = (new_model, prepare_pass, forward_backward)
+    return doctor.Program(given, plan, *trying, reference, SAMPLE_DIR)
+
+
+def prepare_pass(run: Run, asked: bool | None) -> nn.Module:
+    """Return what a step calls: the model, compiled if it can be, in DDP if there are others."""
+    cfg, dist = run.cfg, run.dist
+
+    def wrap(model):
+        alone = dist.world_size == 1 or sharding.is_sharded(run.model)
+        return model if alone else sharding.replicate(model)
+
+    if not cfg.compile:
+        return wrap(run.model)
+    say = functools.partial(print, flush=True) if dist.is_main else lambda text: None
+    while True:
+        shape = cfg.micro_batch_size, cfg.seq_len + 1
+        ids = torch.zeros(shape, dtype=torch.long, device=dist.device)
+        try:
+            passed = machine.compiled(run.model, ids, run.autocast, asked, wrap, say)
+            break
+        except RuntimeError as error:
+            take_less_memory(run, error)
+        machine.empty_cache(dist.device)
+    run.optimizer.zero_grad(set_to_none=True)
+    train_model, cfg.compile = passed
+    return train_model
 
 
 def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
@@ -1208,14 +1238,7 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     asked_to_compile = cfg.compile
     if cfg.compile is None:
         cfg.compile = dist.device.type == "cuda"
-    train_model = run.model
-    if cfg.compile:
-        ids = torch.zeros(cfg.micro_batch_size, cfg.seq_len + 1, dtype=torch.long).to(dist.device)
-        train_model = machine.compiled(run.model, ids, run.autocast, asked_to_compile)
-        cfg.compile = train_model is not run.model
-        run.optimizer.zero_grad(set_to_none=True)
-    if dist.world_size > 1 and not sharding.is_sharded(run.model):
-        train_model = sharding.replicate(train_model)
+    train_model = prepare_pass(run, asked_to_compile)
     windows = cfg.total_batch_size // cfg.seq_len
     loader = StepLoader(
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position

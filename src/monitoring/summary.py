@@ -40,7 +40,7 @@ def plan(run) -> str:
     epochs = (run.state.position * cfg.seq_len + rest) / data.num_tokens
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    memory = step_memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    memory = step_memory.of_run(run)
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
@@ -124,10 +124,8 @@ def every_flag(cfg, given: dict) -> str:
 
 
 def checkpoint_bytes(run) -> int:
-    """Weights and moments in float32: two, but one for the matrices that Muon trains."""
-    matrices = [p for p in run.model.transformer.h.parameters() if p.dim() >= 2]
-    one_moment = sum(p.numel() for p in matrices) if run.cfg.optimizer == "muon" else 0
-    return 12 * run.model.num_params() - 4 * one_moment
+    """Return the bytes of weights and moments, in float32."""
+    return step_memory.state_bytes(run.model, run.cfg.optimizer)
 
 
 def checkpoints_kept(cfg) -> int:
@@ -184,7 +182,7 @@ def memory_needed(run) -> tuple[int, int, int | None, str]:
 
     None: nobody knows what is free.
     """
-    need = step_memory.training_bytes(run.model, run.dtype, run.cfg.micro_batch_size)
+    need = step_memory.of_run(run)
     if run.dist.device.type == "cuda":
         return need, 0, torch.cuda.mem_get_info(run.dist.device)[0], "GPU memory"
     need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))

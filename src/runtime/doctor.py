@@ -65,6 +65,7 @@ class Program:
     flags: object  # a Config of the flags given, undecided
     plan: Callable  # (**flags over those) -> a planned Run; ValueError, OSError if it cannot begin
     new_model: Callable  # Config -> (model, optimizer)
+    prepare_pass: Callable  # (run, whether compiling was asked for) -> training pass
     forward_backward: Callable  # (run, training pass, ids, poll): one micro-batch's gradients
     reference: dict  # flags of the reference run
     sample_dir: str
@@ -426,9 +427,9 @@ def measure(report: Report, program: Program, run, name: str) -> tuple[float, fl
             run.model, run.optimizer = program.new_model(cfg)
             ids = torch.randint(tokenizer.VOCAB_SIZE, (cfg.micro_batch_size, cfg.seq_len + 1))
         run.loss_scale = LossScale(run.dtype, device)
-        train_model = run.model
-        if cfg.compile or (cfg.compile is None and device.type == "cuda"):
-            train_model = machine.compiled(run.model, ids, run.autocast, None)
+        if cfg.compile is None:
+            cfg.compile = device.type == "cuda"
+        train_model = program.prepare_pass(run, None)
 
         def micro_batch():
             program.forward_backward(run, train_model, ids, lambda waiting=False: None)

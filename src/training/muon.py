@@ -35,6 +35,12 @@ def orthogonalized(x, dtype: torch.dtype):
     return x.mT if tall else x
 
 
+# The second is what PyTorch before 2.13 calls it.
+_all_gather = getattr(
+    torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
+)
+
+
 def _cost(p, group) -> int:
     """Of orthogonalizing a matrix, up to a factor."""
     return p.numel() * min(p.size(0) // group["parts"], p.size(1))
@@ -105,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 update = self._orthogonalized(direction, group["parts"])
                 mine[start : start + p.numel()] = update.flatten()
         everything = mine.new_empty(self.world_size * len(mine))
-        torch.distributed.all_gather_single(everything, mine)
+        _all_gather(everything, mine)
         for i, (p, _) in enumerate(matrices):
             rank, start = places[i]
             start += rank * len(mine)
