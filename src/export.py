@@ -335,7 +335,7 @@ def export(path: Path, out: Path) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nSections")[0],
+        description=(__doc__ or "").split("\n\nSections")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, run's folder, or latest")

@@ -135,7 +135,7 @@ OPTIONS += ("shard_tokens", "encoding")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    description, details = __doc__.split("\n", 1)
+    description, details = (__doc__ or "\n").split("\n", 1)  # none with python -OO
     parser = terminal.Parser(
         description=description,
         epilog=details,

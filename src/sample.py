@@ -348,7 +348,7 @@ def run(options: Options) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 2 wrong input, 130 stopped by Ctrl-C."""
-    description = __doc__.rsplit("\n\n", 1)[0]
+    description = (__doc__ or "").rsplit("\n\n", 1)[0]
     options = Options(**parse_flags(Options, description, sys.argv[1:] if argv is None else argv))
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to stop
     try:
