@@ -93,7 +93,7 @@ def tokenize_unit(spans: list[Span], options: dict) -> tuple[np.ndarray, Part]:
         tokens=len(tokens),
         weight=sum(span.weight for span in spans),
         lost=sum(span.lost for span in spans),
-        damage=[f"{span.file.path}: {span.damage}" for span in spans if span.damage],
+        damage=[f"{span.file.name}: {span.damage}" for span in spans if span.damage],
         counts=counts,
         fields=counts.fields,
     )
