@@ -194,7 +194,8 @@ class Preparation:
             shard = self.out / entry["name"]
             if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{shard} was finished, and is missing or cut: remove {self.out}")
-        self.head_file = self.opened.enter_context(open(self.folder / "head.bin", "ab"))
+        head = open(self.folder / "head.bin", "ab")  # noqa: SIM115
+        self.head_file = self.opened.enter_context(head)
         self.head_file.truncate(2 * self.head)
         for folder, names in ((self.folder, ".tmp-*"), (self.out, ".tmp-*_*.bin-*")):
             for temporary in folder.glob(names):
