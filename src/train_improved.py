@@ -13,7 +13,6 @@ disk?), training (what acts on tensors?), tokens (how does text become batches?)
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -246,7 +245,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from checkpointing import background, files, pretrained, run_folders
 from monitoring import health, notify, summary
@@ -254,8 +253,18 @@ from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
 from runtime import doctor, flags, launch, machine, planning
 from runtime.distributed import Distributed
+from runtime.in_flight import InFlight
+from runtime.passes import prepare_pass, take_less_memory
 from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
+from runtime.state import (
+    TrainState,
+    checkpoint_of,
+    make_moments,
+    read_checkpoint,
+    restore,
+    state_of,
+)
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
@@ -264,6 +273,7 @@ from training import muon, scoring, sharding
 from training.chunked_loss import chunked_cross_entropy, next_token_losses
 from training.generation import KVCache, generate
 from training.guard import Guard, GuardGaveUp, LossScale
+from training.schedule import last_stable_step, learning_rate
 
 # --- Configuration --------------------------------------------------------------------------------
 
@@ -435,7 +445,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx_BT) + self.transformer.wpe(positions)
         for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                x = recomputed(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, mask, cache, layer)
         if cache is not None:
@@ -453,33 +463,6 @@ class GPT(nn.Module):
 
 
 # --- Optimizer ------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
-
-    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
-    the last --decay_share of the run.
-    """
-    if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
-        rise = min(1.0, step / max(1, cfg.warmup_steps))
-        fall = min(1.0, (cfg.max_steps - step) / (cfg.decay_share * cfg.max_steps))
-        return min(rise * cfg.max_lr, cfg.min_lr + fall * (cfg.max_lr - cfg.min_lr))
-    if step <= cfg.warmup_steps:
-        return cfg.max_lr * step / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    if cfg.schedule == "linear":
-        share = 1 - progress
-    else:
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
-
-
-def last_stable_step(cfg: Config) -> int | None:
-    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
-    if cfg.schedule != "wsd":
-        return None
-    return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
 
 
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
@@ -506,166 +489,6 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     ]
     precision = getattr(torch, machine.best_dtype(hidden[0].device))
     return muon.MuonAdamW(muon_groups, adamw, precision)
-
-
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainState:
-    """All that a resume needs beside weights, optimizer and random numbers; plain values only."""
-
-    step: int = 0  # finished updates
-    position: int = 0  # windows of this training data consumed
-    tokens: int = 0  # in the finished updates, of whatever batch size and data
-    evaluated_step: int = -1  # last step whose evaluation is complete and logged
-    validation_loss: float = math.inf  # of the last evaluation
-    best_loss: float = math.inf
-    hellaswag: float = -1.0  # accuracy at the last evaluation, -1 = never scored
-    recent_losses: list = dataclasses.field(default_factory=list)  # the guard's window
-    consecutive_skips: int = 0
-    skipped_updates: int = 0
-    rollbacks: int = 0
-    train_seconds: float = 0.0  # in training steps, over all restarts
-    total_seconds: float = 0.0  # since the very first start, while a process was running
-    device_seconds: float = 0.0  # the same times the number of processes
-    watt_seconds: float = 0.0  # energy of the devices, where they report it
-    changes: list = dataclasses.field(default_factory=list)  # by resumes, that changed learning
-    health_memory: dict = dataclasses.field(default_factory=health.new_memory)
-    health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
-
-
-def checkpoint_of(run: "Run") -> dict:
-    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True.
-
-    Of a sharded model every rank must ask for it, and rank 0 gets it.
-    """
-    weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
-    if sharding.is_sharded(run.model):
-        weights, optimizer = sharding.gathered(run.model, optimizer, run.dist.is_main)
-    rng = {"cpu": torch.get_rng_state()}
-    if run.dist.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "model": weights,
-        "optimizer": optimizer,
-        "step": run.state.step,
-        "config": dataclasses.asdict(run.cfg),
-        "asked": sorted(run.flags_ever_given),
-        "state": dataclasses.asdict(run.state),
-        "rng": rng,
-        "loss_scale": [run.loss_scale.scale, run.loss_scale.good_steps],
-        "data": {"fingerprint": run.train_data.fingerprint, "tokens": run.train_data.num_tokens},
-        "tokenizer": tokenizer.fingerprint(),
-        "machine": {"device_type": run.dist.device.type, "world_size": run.dist.world_size},
-        "run_name": run.cfg.run_name,
-    }
-
-
-def restore(run: "Run", checkpoint: dict) -> None:
-    """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
-    vars(run.state).update(vars(state_of(checkpoint, run.cfg, run.train_data)))
-    run.state.changes += [change for change in run.changes if change not in run.state.changes]
-
-    def here(tensor, like):
-        if run.dist.world_size == 1 or not isinstance(tensor, torch.Tensor):
-            return tensor
-        return sharding.shared_out(tensor, like, checkpoint["read_by"])
-
-    names = dict(run.model.named_parameters(remove_duplicate=False))
-    weights = {name: here(t, names.get(name)) for name, t in checkpoint["model"].items()}
-    run.model.load_state_dict(weights)
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    params = [p for group in run.optimizer.param_groups for p in group["params"]]
-    moments = {
-        i: {name: here(t, params[i]) for name, t in of_one.items()}
-        for i, of_one in checkpoint["optimizer"]["state"].items()
-    }
-    run.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
-    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
-        group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
-    device = run.dist.device
-    run.loss_scale.scale, run.loss_scale.good_steps = (
-        t.to(device, copy=True) for t in checkpoint["loss_scale"]
-    )
-    # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
-    for of_one in run.optimizer.state.values() if device.type == "cpu" else ():
-        of_one |= {k: v.clone() for k, v in of_one.items() if isinstance(v, torch.Tensor)}
-    torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
-
-
-def state_of(checkpoint: dict, cfg: Config, train_data: WindowSource) -> TrainState:
-    """Return what is past. What was found on other data than this run's begins anew."""
-    saved = {"tokens": checkpoint["step"] * checkpoint["config"]["total_batch_size"]}
-    saved |= checkpoint["state"]  # in older ones without "tokens"
-    state = TrainState()
-    for name, value in vars(state).items():
-        if name.startswith("health_"):  # of another version, or forged: what is known counts
-            setattr(state, name, value | saved.get(name, {}))
-        else:
-            setattr(state, name, saved.get(name, value))
-    if checkpoint["config"]["val_tokens"] != cfg.val_tokens:
-        state.best_loss = math.inf
-    if checkpoint["data"]["fingerprint"] != train_data.fingerprint:
-        state.position, state.recent_losses = 0, []
-        state.validation_loss = state.best_loss = math.inf
-        state.health_memory = health.new_memory()
-    return state
-
-
-def make_moments(run: "Run") -> None:
-    """Let the optimizer make its moments, by an update that is skipped on the device: what a
-    checkpoint will hold is known before the first step."""
-    for p in run.model.parameters():
-        p.grad = torch.zeros_like(p)
-    run.optimizer.found_inf = torch.ones((), device=run.dist.device)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-
-
-CHECKPOINT_LAYOUT = {
-    **{"model": dict, "optimizer": dict, "step": int, "run_name": str, "tokenizer": str},
-    **{"config": Config, "asked": [str], "state": TrainState, "loss_scale": [torch.Tensor]},
-    "rng": {"cpu": torch.Tensor},
-    "data": {"fingerprint": str, "tokens": int},
-    "machine": {"device_type": str, "world_size": int},
-}
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
-    checkpoint = files.load(path)
-    files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT)
-    # Before a model of that size is built: the weights are what the configuration says.
-    weights, config = checkpoint["model"], checkpoint["config"]
-    shapes = [getattr(weights.get(f"transformer.{n}.weight"), "shape", ()) for n in ("wte", "wpe")]
-    layers = sum(str(name).endswith(".ln_1.weight") for name in weights)
-    there = [*shapes[0][1:], *shapes[1][:1], layers]
-    if there != [config.get(name) for name in ("n_embd", "seq_len", "n_layer")]:
-        raise ValueError(f"{path} is no checkpoint of this program: its weights have other shapes")
-    if checkpoint["tokenizer"] != tokenizer.fingerprint():
-        raise ValueError(
-            f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
-            f"{tokenizer.fingerprint()}: its token ids would mean other text"
-        )
-    return checkpoint
-
-
-def read_checkpoint(dist: Distributed, path: Path, rank: int) -> dict:
-    """Return what is in a checkpoint, on all ranks. `rank` reads it; on the others the large
-    tensors, which they get from it when they are restored, are but shapes (`meta`)."""
-    checkpoint = {}
-
-    def read():
-        checkpoint.update(load_checkpoint(path))
-        large = ("model", "optimizer") if dist.world_size > 1 else ()
-        shapes = {k: files.map_tensors(checkpoint[k], lambda t, _: t.to("meta")) for k in large}
-        return checkpoint | shapes
-
-    everyones = dist.on_rank(rank, read)
-    return everyones | checkpoint | {"read_by": rank}
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -803,21 +626,6 @@ def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> tor
     return forward_backward(run, train_model, batch, poll)
 
 
-def take_less_memory(run: Run, error: RuntimeError) -> None:
-    """Go on with a smaller micro-batch after an out-of-memory; raise any other error again."""
-    cfg, size = run.cfg, run.cfg.micro_batch_size
-    if not machine.is_out_of_memory(error) or size == 1:
-        raise error
-    sequences = cfg.total_batch_size // cfg.seq_len // run.dist.world_size
-    cfg.micro_batch_size = machine.smaller(size, sequences)
-    machine.remember_shortage(run.model, run.dist.device, run.dtype, cfg.micro_batch_size)
-    print(
-        f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
-        f"{cfg.micro_batch_size} from now on (same batch, same numbers)",
-        flush=True,
-    )
-
-
 def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
     """One forward and backward pass for each micro-batch."""
     micro_batches = batch.split(run.cfg.micro_batch_size)
@@ -831,27 +639,6 @@ def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) ->
             (loss * run.loss_scale.scale).backward()
         mean_loss += loss.detach()
     return run.dist.sum(mean_loss) / run.dist.world_size
-
-
-@dataclass
-class InFlight:
-    """A step's metrics on their way from the device, and what the host knew when it was queued."""
-
-    values: torch.Tensor  # loss, norm, whether it was bad; at a check also norms of the update
-    lr: float
-    limit: float  # of the loss, by the guard
-    first_window: int  # of the data order
-
-    def __post_init__(self):
-        self.arrived = None
-        if self.values.device.type != "cpu":
-            self.arrived = torch.Event(self.values.device)
-            self.values = self.values.to("cpu", non_blocking=True)
-            self.arrived.record()
-
-    def wait(self, poll: Poll) -> None:
-        if self.arrived is not None:
-            machine.wait_until(self.arrived, poll)
 
 
 class Training:
@@ -1061,7 +848,7 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         "position": loader.position,
         "consecutive_skips": 0,
     }
-    restore(run, read_checkpoint(run.dist, path, rank))
+    restore(run, read_checkpoint(run.dist, path, rank, Config))
     for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
@@ -1084,7 +871,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     start, checkpoint = planning.find_start(early, dist), None
     if start.path is not None:
         with about(*start.flag):
-            checkpoint = read_checkpoint(dist, start.path, start.rank)
+            checkpoint = read_checkpoint(dist, start.path, start.rank, Config)
         saved, _ = flags.merge(Config, {}, checkpoint["config"], {*checkpoint["asked"]}, True)
         stable = last_stable_step(saved)
         flags_now = planning.of_branch(start, flags_now, saved, checkpoint["step"], stable)
@@ -1191,31 +978,6 @@ def for_doctor(flags_now: dict) -> doctor.Program:
     given = Config(**flags_now)
     trying = (new_model, prepare_pass, forward_backward)
     return doctor.Program(given, plan, *trying, reference, SAMPLE_DIR)
-
-
-def prepare_pass(run: Run, asked: bool | None) -> nn.Module:
-    """Return what a step calls: the model, compiled if it can be, in DDP if there are others."""
-    cfg, dist = run.cfg, run.dist
-
-    def wrap(model):
-        alone = dist.world_size == 1 or sharding.is_sharded(run.model)
-        return model if alone else sharding.replicate(model)
-
-    if not cfg.compile:
-        return wrap(run.model)
-    say = functools.partial(print, flush=True) if dist.is_main else lambda text: None
-    while True:
-        shape = cfg.micro_batch_size, cfg.seq_len + 1
-        ids = torch.zeros(shape, dtype=torch.long, device=dist.device)
-        try:
-            passed = machine.compiled(run.model, ids, run.autocast, asked, wrap, say)
-            break
-        except RuntimeError as error:
-            take_less_memory(run, error)
-        machine.empty_cache(dist.device)
-    run.optimizer.zero_grad(set_to_none=True)
-    train_model, cfg.compile = passed
-    return train_model
 
 
 def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
