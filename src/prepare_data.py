@@ -135,7 +135,7 @@ OPTIONS += ("shard_tokens", "encoding")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    description, details = __doc__.split("\n", 1)
+    description, details = (__doc__ or "\n").split("\n", 1)  # none with python -OO
     parser = terminal.Parser(
         description=description,
         epilog=details,
@@ -268,7 +268,7 @@ def prepare(args: argparse.Namespace) -> int:
             return 0
     found = sources.find_all(args, begun.get("commits", {}))
     files = found.files
-    for note in found.notes:
+    for note in found.notes[:9] + [f"and {len(found.notes) - 9} more"] * (len(found.notes) > 9):
         print(f"WARNING {note}", file=sys.stderr)
     say_left_out(args, found)
     plan = {

@@ -231,7 +231,7 @@ class Config:
 
 def read_flags() -> CommandLine:
     """Read the command line and its file, once; exit code 2 and a sentence for what is wrong."""
-    return read_command_line(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+    return read_command_line(Config, (__doc__ or "").rsplit("\n\n", 1)[0], sys.argv[1:])
 
 
 # PyTorch takes a second or more to load: --help and typing errors do not wait for it.

@@ -399,6 +399,16 @@ def test_the_same_file_in_both_splits(tmp_path, capsys):
     is_refused(capsys, tmp_path / "out2", "--source: nothing is left")
 
 
+def test_splits_in_names_are_noticed(tmp_path, capsys):
+    parts = {f"data/{s}-00000.jsonl": lines([s]) for s in ("train", "test", "validation")}
+    write(tmp_path, parts | {"data/more.jsonl": lines(["trainer attested"])})
+    assert run("--source", tmp_path / "data", "--out", tmp_path / "out") == 0
+    assert "test, train, validation are all read as training" in capsys.readouterr().err
+    flags = ("--source", tmp_path / "data", "--val_source", tmp_path / "data", "--split", "train")
+    assert run(*flags, "--val_split", "validation", "--out", tmp_path / "out2") == 0
+    expect(tmp_path / "out2", ["validation", "train"])
+
+
 def test_paths_as_people_write_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
