@@ -100,7 +100,7 @@ def test_shares_and_spread_of_runs_whose_shares_are_known(capsys):
     learning.print_fits(group, "fast")
     printed = capsys.readouterr().out
     assert "| fast | 0.15 | 150 | 0.001 |" in printed
-    assert "124M at 10B tokens (80 tokens a parameter" in printed
+    assert "124M at 10B tokens, 80 tokens a parameter (0.68 here)" in printed
 
 
 def test_two_data_sets_do_not_mix(tmp_path):
