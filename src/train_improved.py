@@ -241,13 +241,12 @@ COMMAND_LINE = read_flags() if __name__ == "__main__" else None
 # 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from checkpointing import background, files, pretrained, run_folders
+from checkpointing import background, files, run_folders
 from monitoring import health, notify, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
@@ -269,9 +268,9 @@ from tokens import shards, tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
-from training import muon, scoring, sharding
-from training.chunked_loss import chunked_cross_entropy, next_token_losses
-from training.generation import KVCache, generate
+from training import evaluation, muon, sharding
+from training.chunked_loss import chunked_cross_entropy
+from training.generation import KVCache
 from training.guard import Guard, GuardGaveUp, LossScale
 from training.schedule import last_stable_step, learning_rate
 
@@ -306,26 +305,6 @@ def resolve_model(cfg: Config, device: str) -> None:
     if cfg.sample_tokens is None:
         prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
-
-
-def resolve_init(cfg: Config, flags_now: dict, dist: Distributed) -> dict:
-    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
-    weights = {}
-
-    def read():
-        preset = PRESETS.get(flags_now.get("model"), {})
-        with about("init_from", cfg.init_from):
-            shape, found = pretrained.for_training(
-                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
-            )
-        weights.update(found)
-        return shape
-
-    shape = dist.on_main(read)
-    vars(cfg).update(shape)
-    alike = [m for m, p in PRESETS.items() if p | {"seq_len": cfg.seq_len} == shape]
-    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
-    return weights
 
 
 def resolve_length(cfg: Config, train_tokens: int, step: int = 0, seen: int = 0) -> None:
@@ -491,70 +470,10 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
-# --- Evaluation -----------------------------------------------------------------------------------
-# All of it runs the plain model, never the compiled one, and draws from generators of its own:
-# training goes on with the same numbers whether or not it was evaluated.
-
-EVAL_TOKENS = 16_384  # in a forward pass without gradients
-Poll = Callable[[], None]  # called often: notices signals, may raise
-
-
-@contextlib.contextmanager
-def reading_data():
-    """Data that goes bad in mid-run: stop with the work saved, and name it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise StopRequested(2, str(error)) from None
-
-
-def validation_loss(run: "Run", poll: Poll) -> tuple[float, torch.Tensor]:
-    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order, and
-    the mean at each position of the context, (T,)."""
-    cfg, dist = run.cfg, run.dist
-    num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    mine = np.arange(dist.rank, num_windows, dist.world_size)
-    batch_size = max(1, EVAL_TOKENS // cfg.seq_len)
-    sums = []  # on the device: the host waits for them once, at the end
-    for start in range(0, len(mine), batch_size):
-        poll()
-        with reading_data():
-            windows = run.val_data.windows_in_order(mine[start : start + batch_size])
-        batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
-        with torch.inference_mode(), run.autocast():
-            x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
-            targets = batch[:, 1:].reshape(-1)
-            losses_N = next_token_losses(x_NC, run.model.lm_head.weight, targets)
-            sums.append(losses_N.view(-1, cfg.seq_len).sum(0))
-    total_T = torch.zeros(cfg.seq_len, dtype=torch.float64)
-    for sum_T in sums:
-        total_T += sum_T.cpu()
-    by_position = dist.sum(total_T) / num_windows
-    return float(by_position.mean()), by_position
-
-
-def hellaswag_accuracy(run: "Run", poll: Poll) -> float:
-    """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
-    mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
-    results = scoring.score(run.model, mine, autocast=run.autocast, poll=poll)
-    correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
-    correct, total = run.dist.sum(correct).tolist()
-    return correct / total
-
-
-def samples(run: "Run", poll: Poll) -> list[str]:
-    """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
-    cfg, enc = run.cfg, tokenizer.get_tokenizer()
-    generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
-    prompt = enc.encode_ordinary(cfg.sample_prompt)
-    with run.autocast():
-        rows = generate(
-            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=poll
-        )
-    return [cfg.sample_prompt + enc.decode(row) for row in rows]
-
-
 # --- Training -------------------------------------------------------------------------------------
+
+
+Poll = Callable[[], None]  # called often: notices signals, may raise
 
 
 @dataclass
@@ -586,16 +505,25 @@ class Run:
         return torch.autocast(self.dist.device.type, self.dtype)
 
 
+@contextlib.contextmanager
+def reading_data():
+    """Data that goes bad in mid-run: stop with the work saved, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
+
+
 def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
     by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss, by_position = validation_loss(run, poll)
+        state.validation_loss, by_position = evaluation.validation_loss(run, poll, reading_data)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
-        state.hellaswag = hellaswag_accuracy(run, poll)
+        state.hellaswag = evaluation.hellaswag_accuracy(run, poll)
     if due(cfg.sample_freq, state, cfg):
-        texts = samples(run, poll)
+        texts = evaluation.samples(run, poll)
     if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
         state.best_loss = state.validation_loss
     monitor.evaluation(run, by_position, texts, time.monotonic() - start)
@@ -885,7 +813,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         )
     weights = {}
     if cfg.init_from and checkpoint is None:
-        weights = resolve_init(cfg, flags_now, dist)
+        weights = planning.take_init(cfg, PRESETS, flags_now, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
     new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -990,11 +918,7 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
-        try:
-            restore(run, checkpoint)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
+        restore(run, checkpoint)
     if not run.optimizer.state:
         make_moments(run)
     asked_to_compile = cfg.compile

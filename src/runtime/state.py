@@ -68,7 +68,18 @@ def checkpoint_of(run) -> dict:
 
 
 def restore(run, checkpoint: dict) -> None:
-    """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
+    """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run.
+
+    Raise ValueError if it does not fit.
+    """
+    try:
+        _restore(run, checkpoint)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
+
+
+def _restore(run, checkpoint: dict) -> None:
     vars(run.state).update(vars(state_of(checkpoint, run.cfg, run.train_data)))
     run.state.changes += [change for change in run.changes if change not in run.state.changes]
 
