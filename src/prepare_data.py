@@ -10,8 +10,8 @@
 Sources: a data set of the Hugging Face hub; a local folder in the hub's layout (a README.md with
 `configs`, or --name or --split given) or written by save_to_disk of `datasets`; files of Parquet,
 JSON (.jsonl .ndjson .json: an object on each line, or an array of them), CSV (.csv .tsv, with a
-header), Arrow and plain text (.txt .text); text also packed as .gz .zst .xz .bz2; folders of files
-(read recursively, links are followed) and globs; - for standard input, and other pipes.
+header) and plain text (.txt .text); text also packed as .gz .zst .xz .bz2; folders of files (read
+recursively, links are followed) and globs; - for standard input, and other pipes.
 
 Text is UTF-8; UTF-16 and UTF-32 are known by their byte order mark, anything else by --encoding.
 
@@ -72,7 +72,7 @@ from basics import durable, host, terminal, words
 from checkpointing import run_folders
 from tokens import corpus, sources
 from tokens import shards as token_shards
-from tokens.preparation import WORK, Place, Preparation, Unusable, odd_documents, tokenize_all
+from tokens.preparation import WORK, Part, Preparation, Unusable, odd_documents, tokenize_all
 from tokens.sources import Found
 from tokens.tokenizer import VOCAB_SIZE, fingerprint
 
@@ -90,14 +90,14 @@ FINEWEB_OUT = Path("data/fineweb_edu_10B")
 class Progress:
     """A bar on a terminal; in a log a line every 10 seconds."""
 
-    def __init__(self, begun: Place, total: int):
+    def __init__(self, begun: Part, total: int):
         self.begun, self.total = begun, total  # of earlier starts; bytes, 0: not known
         self.started = self.shown = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total or None, initial=begun.weight, unit="B", unit_scale=True)
 
-    def show(self, place: Place) -> None:
+    def show(self, place: Part) -> None:
         now = time.monotonic()
         if now - self.shown < (0.5 if self.bar is not None else 10):
             return
@@ -123,7 +123,7 @@ class Progress:
 
 # For the forecast: tokens per byte of FineWeb-Edu's Parquet and of English text; what gzip saves.
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.23, "json": 0.23, "csv": 0.23, "text": 0.23}
-TOKENS_PER_BYTE |= {"arrow": 0.23, "datasets": 0.25}
+TOKENS_PER_BYTE |= {"datasets": 0.23}
 COMPRESSED = 3.0
 TOKENS_PER_SECOND = 3.0e6  # of one core
 
@@ -135,7 +135,7 @@ OPTIONS += ("shard_tokens", "encoding")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    description, details = __doc__.split("\n", 1)
+    description, details = (__doc__ or "\n").split("\n", 1)  # none with python -OO
     parser = terminal.Parser(
         description=description,
         epilog=details,
@@ -149,7 +149,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--val_split", help="the split of --val_source, if it is another")
     add("--revision", help=f"branch, tag or commit on the hub [{FINEWEB} is pinned; else main]")
     add("--text_key", default="text", help="column or JSON key of the text [text]")
-    formats = ["jsonl", "text", "csv", "parquet", "arrow"]
+    formats = ["jsonl", "text", "csv", "parquet"]
     add("--format", choices=formats, help="for names that do not say it")
     add("--encoding", help="of text without a byte order mark, such as cp1252 or utf-16-le [utf-8]")
     add("--separator", default="", help=r"of documents in plain text, \n for one in each line")
@@ -182,8 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if (args.source + args.val_source).count("-") > 1:
         raise ValueError("--source -: standard input can be read once, name it once")
     try:
-        codec = codecs.lookup(args.encoding or "utf-8").name
-        args.encoding = None if codec == "utf-8" else codec
+        "".encode(args.encoding or "utf-8")
+        args.encoding = args.encoding and codecs.lookup(args.encoding).name
+        args.encoding = None if args.encoding == "utf-8" else args.encoding
     except LookupError:
         raise ValueError(f"--encoding {args.encoding}: Python knows no such encoding") from None
     s = args.separator
@@ -267,7 +268,7 @@ def prepare(args: argparse.Namespace) -> int:
             return 0
     found = sources.find_all(args, begun.get("commits", {}))
     files = found.files
-    for note in found.notes:
+    for note in found.notes[:9] + [f"and {len(found.notes) - 9} more"] * (len(found.notes) > 9):
         print(f"WARNING {note}", file=sys.stderr)
     say_left_out(args, found)
     plan = {
@@ -418,8 +419,8 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
     progress = Progress(begun, size)
     try:
         workers = args.workers if local else 2 * args.workers
-        for unit in tokenize_all(units, plan["options"], workers, local):
-            preparation.take(unit)
+        for tokens, unit in tokenize_all(units, plan["options"], workers, local):
+            preparation.take(tokens, unit)
             progress.show(preparation.place)
         for file in files:
             if file.sha256 and "://" not in file.path and file.kind != "datasets":
@@ -457,7 +458,7 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
     return 0
 
 
-def report(out: Path, manifest: dict, place: Place, tokens: int, seconds: float) -> None:
+def report(out: Path, manifest: dict, place: Part, tokens: int, seconds: float) -> None:
     val, total = manifest["val_tokens"], manifest["tokens"]
     print(
         f"{out}: {len(manifest['shards'])} shards, {manifest['documents']:,} documents, "

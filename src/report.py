@@ -330,7 +330,8 @@ def samples_of(run: Run) -> str:
 
 def facts(run: Run) -> str:
     """Return a run's configuration as text, from config.json or the HParams record."""
-    rows = {name: value for name, value in run.record.items() if name not in ("config", "asked")}
+    hidden = ("config", "asked", "packages")
+    rows = {name: value for name, value in run.record.items() if name not in hidden}
     asked = run.record.get("asked", ())
     lines = [f"{name:<18} {show(value)}" for name, value in rows.items()]
     flags = [f"--{n} {show(v)}" + ("   (asked for)" if n in asked else "")
@@ -431,7 +432,7 @@ class Report:
         try:
             if not self.update():
                 return None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.seen, self.runs, self.silent = [], [], [str(error)]
         if not self.runs:
             text = f"<h1>Nothing logged yet</h1><p>{esc(', '.join(self.silent))}</p>"
@@ -442,10 +443,9 @@ class Report:
 
     def write_csv(self, file) -> None:
         """Write scalars.csv to a browser."""
-        with io.TextIOWrapper(file, "utf-8", "replace", newline="") as text:
-            write_csv(text, self.runs)
-            text.flush()
-            text.detach()
+        text = io.TextIOWrapper(file, "utf-8", "replace", newline="")
+        write_csv(text, self.runs)
+        text.detach()
 
     def write(self, out: Path) -> str:
         """Write the folder -> what to print. ValueError for what the user has to change."""
@@ -486,7 +486,7 @@ def port(text: str) -> int:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    parser = terminal.Parser(description=__doc__.rsplit("\n\n", 1)[0])
+    parser = terminal.Parser(description=(__doc__ or "").rsplit("\n\n", 1)[0])
     # fmt: off
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, a folder of runs, or a run's name in --tensorboard_dir [all that are there]")  # noqa: E501
     parser.add_argument("--tensorboard_dir", default="runs", metavar="FOLDER", help="where runs are looked for by name [runs]")  # noqa: E501

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from basics import terminal
@@ -196,10 +196,25 @@ class Config:
         path=True, resume=COMMAND,
         overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"))
 
+    notify: str | None = flag(None,
+        "tell someone: addresses of Apprise (ntfy, mail, chat ...), $NAME from the environment, or "
+        "'cmd: ...' [nobody]", group="when nobody looks", several=True, resume=COMMAND)
+    notify_every: str = flag("24h", "time between digests with the numbers, as 24h",
+        resume=COMMAND)
+    heartbeat: str | None = flag(None,
+        "URL to fetch once a minute while steps are made; healthchecks.io, Uptime Kuma [none]",
+        resume=COMMAND)
+
     device: str | None = flag(None, "cuda, cpu or mps [the best there is]",
         group="machine", resume=COMMAND)
     dtype: str = flag("auto", "precision of products; auto is bfloat16 where the device has it",
         choices=("auto", "float32", "bfloat16", "float16"), resume=SAME_MACHINE)
+    shard: bool = flag(False,
+        "each process keeps a share of weights, gradients and moments (FSDP2), not all of them",
+        resume=COMMAND)
+    activation_checkpointing: bool = flag(False,
+        "compute each block again in the backward pass: less memory, a third more work",
+        resume=COMMAND)
     compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume=COMMAND)
     profile: bool = flag(False, "write a trace of steps 4 to 6 of this command to the log folder",
         resume=COMMAND)
@@ -216,7 +231,7 @@ class Config:
 
 def read_flags() -> CommandLine:
     """Read the command line and its file, once; exit code 2 and a sentence for what is wrong."""
-    return read_command_line(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+    return read_command_line(Config, (__doc__ or "").rsplit("\n\n", 1)[0], sys.argv[1:])
 
 
 # PyTorch takes a second or more to load: --help and typing errors do not wait for it.
@@ -226,27 +241,38 @@ COMMAND_LINE = read_flags() if __name__ == "__main__" else None
 # 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
-import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from checkpointing import background, files, pretrained, run_folders
-from monitoring import health, summary
+from checkpointing import background, files, run_folders
+from monitoring import health, notify, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
 from runtime import doctor, flags, launch, machine, planning
+from runtime.distributed import Distributed
+from runtime.in_flight import InFlight
+from runtime.passes import prepare_pass, take_less_memory
 from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
+from runtime.state import (
+    TrainState,
+    checkpoint_of,
+    make_moments,
+    read_checkpoint,
+    restore,
+    state_of,
+)
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
-from training import muon, scoring
-from training.chunked_loss import chunked_cross_entropy, next_token_losses
-from training.generation import KVCache, generate
+from training import evaluation, muon, sharding
+from training.chunked_loss import chunked_cross_entropy
+from training.generation import KVCache
 from training.guard import Guard, GuardGaveUp, LossScale
+from training.schedule import last_stable_step, learning_rate
 
 # --- Configuration --------------------------------------------------------------------------------
 
@@ -279,26 +305,6 @@ def resolve_model(cfg: Config, device: str) -> None:
     if cfg.sample_tokens is None:
         prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
-
-
-def resolve_init(cfg: Config, flags_now: dict, dist: "Distributed") -> dict:
-    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
-    weights = {}
-
-    def read():
-        preset = PRESETS.get(flags_now.get("model"), {})
-        with about("init_from", cfg.init_from):
-            shape, found = pretrained.for_training(
-                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
-            )
-        weights.update(found)
-        return shape
-
-    shape = dist.on_main(read)
-    vars(cfg).update(shape)
-    alike = [m for m, p in PRESETS.items() if p | {"seq_len": cfg.seq_len} == shape]
-    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
-    return weights
 
 
 def resolve_length(cfg: Config, train_tokens: int, step: int = 0, seen: int = 0) -> None:
@@ -386,6 +392,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(n_embd, VOCAB_SIZE, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.activation_checkpointing = False
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -416,7 +423,10 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=idx_BT.device)
         x = self.transformer.wte(idx_BT) + self.transformer.wpe(positions)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, cache, layer)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = recomputed(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -432,33 +442,6 @@ class GPT(nn.Module):
 
 
 # --- Optimizer ------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
-
-    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
-    the last --decay_share of the run.
-    """
-    if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
-        rise = min(1.0, step / max(1, cfg.warmup_steps))
-        fall = min(1.0, (cfg.max_steps - step) / (cfg.decay_share * cfg.max_steps))
-        return min(rise * cfg.max_lr, cfg.min_lr + fall * (cfg.max_lr - cfg.min_lr))
-    if step <= cfg.warmup_steps:
-        return cfg.max_lr * step / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    if cfg.schedule == "linear":
-        share = 1 - progress
-    else:
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
-
-
-def last_stable_step(cfg: Config) -> int | None:
-    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
-    if cfg.schedule != "wsd":
-        return None
-    return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
 
 
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
@@ -487,261 +470,10 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
-# --- Distributed ----------------------------------------------------------------------------------
-
-
-class Distributed:
-    """This process among the others, as torchrun's environment says; alone without it."""
-
-    def __init__(self, device: str | None, hang_timeout: float):
-        env = os.environ
-        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
-        self.is_main = self.rank == 0
-        self.device = machine.choose_device(device, self.local_rank, self.world_size)
-        self.store = None
-        if self.world_size > 1:
-            timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
-            self.store = self._shared_store(timeout)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(
-                backend,
-                store=self.store,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timeout,
-            )
-
-    def _shared_store(self, timeout: timedelta) -> torch.distributed.Store:
-        """torchrun's key-value store, with keys of this attempt only: after a restart gloo would
-        otherwise find the addresses of the processes that died, and wait for them."""
-        env = os.environ
-        hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        store = torch.distributed.TCPStore(
-            address, port, self.world_size, is_master=self.is_main and not hosted, timeout=timeout
-        )
-        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all processes, in place."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def on_main(self, function):
-        """The plain value that `function` returns on rank 0, and what it finds wrong, on every
-        rank (as ValueError)."""
-        value = error = None
-        if self.is_main:
-            try:
-                value = function()
-            except (ValueError, OSError) as e:
-                error = str(e)
-        if self.world_size > 1:
-            box = [value, error]
-            torch.distributed.broadcast_object_list(box, src=0)
-            value, error = box
-        if error is not None:
-            raise ValueError(error)
-        return value
-
-    def leave(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.destroy_process_group()
-
-
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainState:
-    """All that a resume needs beside weights, optimizer and random numbers; plain values only."""
-
-    step: int = 0  # finished updates
-    position: int = 0  # windows of this training data consumed
-    tokens: int = 0  # in the finished updates, of whatever batch size and data
-    evaluated_step: int = -1  # last step whose evaluation is complete and logged
-    validation_loss: float = math.inf  # of the last evaluation
-    best_loss: float = math.inf
-    hellaswag: float = -1.0  # accuracy at the last evaluation, -1 = never scored
-    recent_losses: list = dataclasses.field(default_factory=list)  # the guard's window
-    consecutive_skips: int = 0
-    skipped_updates: int = 0
-    rollbacks: int = 0
-    train_seconds: float = 0.0  # in training steps, over all restarts
-    total_seconds: float = 0.0  # since the very first start, while a process was running
-    device_seconds: float = 0.0  # the same times the number of processes
-    watt_seconds: float = 0.0  # energy of the devices, where they report it
-    changes: list = dataclasses.field(default_factory=list)  # by resumes, that changed learning
-    health_memory: dict = dataclasses.field(default_factory=health.new_memory)
-    health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
-
-
-def checkpoint_of(run: "Run") -> dict:
-    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True."""
-    rng = {"cpu": torch.get_rng_state()}
-    if run.dist.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "step": run.state.step,
-        "config": dataclasses.asdict(run.cfg),
-        "asked": sorted(run.flags_ever_given),
-        "state": dataclasses.asdict(run.state),
-        "rng": rng,
-        "loss_scale": [run.loss_scale.scale, run.loss_scale.good_steps],
-        "data": {"fingerprint": run.train_data.fingerprint, "tokens": run.train_data.num_tokens},
-        "tokenizer": tokenizer.fingerprint(),
-        "machine": {"device_type": run.dist.device.type, "world_size": run.dist.world_size},
-        "run_name": run.cfg.run_name,
-    }
-
-
-def restore(run: "Run", checkpoint: dict) -> None:
-    """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
-    vars(run.state).update(vars(state_of(checkpoint, run.cfg, run.train_data)))
-    run.state.changes += [change for change in run.changes if change not in run.state.changes]
-    run.model.load_state_dict(checkpoint["model"])
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
-        group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
-    device = run.dist.device
-    run.loss_scale.scale, run.loss_scale.good_steps = (
-        t.to(device, copy=True) for t in checkpoint["loss_scale"]
-    )
-    # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
-    for moments in run.optimizer.state.values() if device.type == "cpu" else ():
-        moments |= {k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)}
-    torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
-
-
-def state_of(checkpoint: dict, cfg: Config, train_data: WindowSource) -> TrainState:
-    """Return what is past. What was found on other data than this run's begins anew."""
-    saved = {"tokens": checkpoint["step"] * checkpoint["config"]["total_batch_size"]}
-    saved |= checkpoint["state"]  # in older ones without "tokens"
-    state = TrainState()
-    for name, value in vars(state).items():
-        if name.startswith("health_"):  # of another version, or forged: what is known counts
-            setattr(state, name, value | saved.get(name, {}))
-        else:
-            setattr(state, name, saved.get(name, value))
-    if checkpoint["config"]["val_tokens"] != cfg.val_tokens:
-        state.best_loss = math.inf
-    if checkpoint["data"]["fingerprint"] != train_data.fingerprint:
-        state.position, state.recent_losses = 0, []
-        state.validation_loss = state.best_loss = math.inf
-        state.health_memory = health.new_memory()
-    return state
-
-
-def make_moments(run: "Run") -> None:
-    """Let the optimizer make its moments, by an update that is skipped on the device: what a
-    checkpoint will hold is known before the first step."""
-    for p in run.model.parameters():
-        p.grad = torch.zeros_like(p)
-    run.optimizer.found_inf = torch.ones((), device=run.dist.device)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-
-
-CHECKPOINT_LAYOUT = {
-    **{"model": dict, "optimizer": dict, "step": int, "run_name": str, "tokenizer": str},
-    **{"config": Config, "asked": [str], "state": TrainState, "loss_scale": [torch.Tensor]},
-    "rng": {"cpu": torch.Tensor},
-    "data": {"fingerprint": str, "tokens": int},
-    "machine": {"device_type": str, "world_size": int},
-}
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
-    checkpoint = files.load(path)
-    files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT)
-    # Before a model of that size is built: the weights are what the configuration says.
-    weights, config = checkpoint["model"], checkpoint["config"]
-    shapes = [getattr(weights.get(f"transformer.{n}.weight"), "shape", ()) for n in ("wte", "wpe")]
-    layers = sum(str(name).endswith(".ln_1.weight") for name in weights)
-    there = [*shapes[0][1:], *shapes[1][:1], layers]
-    if there != [config.get(name) for name in ("n_embd", "seq_len", "n_layer")]:
-        raise ValueError(f"{path} is no checkpoint of this program: its weights have other shapes")
-    if checkpoint["tokenizer"] != tokenizer.fingerprint():
-        raise ValueError(
-            f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
-            f"{tokenizer.fingerprint()}: its token ids would mean other text"
-        )
-    return checkpoint
-
-
-# --- Evaluation -----------------------------------------------------------------------------------
-# All of it runs the plain model, never the compiled one, and draws from generators of its own:
-# training goes on with the same numbers whether or not it was evaluated.
-
-EVAL_TOKENS = 16_384  # in a forward pass without gradients
-Poll = Callable[[], None]  # called often: notices signals, may raise
-
-
-@contextlib.contextmanager
-def reading_data():
-    """Data that goes bad in mid-run: stop with the work saved, and name it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise StopRequested(2, str(error)) from None
-
-
-def validation_loss(run: "Run", poll: Poll) -> tuple[float, torch.Tensor]:
-    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order, and
-    the mean at each position of the context, (T,)."""
-    cfg, dist = run.cfg, run.dist
-    num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    mine = np.arange(dist.rank, num_windows, dist.world_size)
-    batch_size = max(1, EVAL_TOKENS // cfg.seq_len)
-    sums = []  # on the device: the host waits for them once, at the end
-    for start in range(0, len(mine), batch_size):
-        poll()
-        with reading_data():
-            windows = run.val_data.windows_in_order(mine[start : start + batch_size])
-        batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
-        with torch.inference_mode(), run.autocast():
-            x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
-            targets = batch[:, 1:].reshape(-1)
-            losses_N = next_token_losses(x_NC, run.model.lm_head.weight, targets)
-            sums.append(losses_N.view(-1, cfg.seq_len).sum(0))
-    total_T = torch.zeros(cfg.seq_len, dtype=torch.float64)
-    for sum_T in sums:
-        total_T += sum_T.cpu()
-    by_position = dist.sum(total_T) / num_windows
-    return float(by_position.mean()), by_position
-
-
-def hellaswag_accuracy(run: "Run", poll: Poll) -> float:
-    """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
-    mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
-    results = scoring.score(run.model, mine, autocast=run.autocast, poll=poll)
-    correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
-    correct, total = run.dist.sum(correct).tolist()
-    return correct / total
-
-
-def samples(run: "Run", poll: Poll) -> list[str]:
-    """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
-    cfg, enc = run.cfg, tokenizer.get_tokenizer()
-    generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
-    prompt = enc.encode_ordinary(cfg.sample_prompt)
-    with run.autocast():
-        rows = generate(
-            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=poll
-        )
-    return [cfg.sample_prompt + enc.decode(row) for row in rows]
-
-
 # --- Training -------------------------------------------------------------------------------------
+
+
+Poll = Callable[[], None]  # called often: notices signals, may raise
 
 
 @dataclass
@@ -761,6 +493,7 @@ class Run:
     state: TrainState = dataclasses.field(default_factory=TrainState)
     resumed_from: Path | None = None
     changes: list = dataclasses.field(default_factory=list)  # of this resume, that change learning
+    restarted: bool = False  # by torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
@@ -772,16 +505,25 @@ class Run:
         return torch.autocast(self.dist.device.type, self.dtype)
 
 
+@contextlib.contextmanager
+def reading_data():
+    """Data that goes bad in mid-run: stop with the work saved, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
+
+
 def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
     by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss, by_position = validation_loss(run, poll)
+        state.validation_loss, by_position = evaluation.validation_loss(run, poll, reading_data)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
-        state.hellaswag = hellaswag_accuracy(run, poll)
+        state.hellaswag = evaluation.hellaswag_accuracy(run, poll)
     if due(cfg.sample_freq, state, cfg):
-        texts = samples(run, poll)
+        texts = evaluation.samples(run, poll)
     if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
         state.best_loss = state.validation_loss
     monitor.evaluation(run, by_position, texts, time.monotonic() - start)
@@ -805,20 +547,10 @@ def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> tor
     try:
         return accumulate_gradients(run, train_model, batch, poll)
     except RuntimeError as error:
-        size, synchronising = run.cfg.micro_batch_size, run.dist.world_size > 1 and run.last_micro
-        if not machine.is_out_of_memory(error) or size == 1:
-            raise
-        run.cfg.micro_batch_size = machine.smaller(size, len(batch))
-        machine.remember_smaller(run.model, run.dist.device, run.dtype, run.cfg.micro_batch_size)
-        print(
-            f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
-            f"{run.cfg.micro_batch_size} from now on (same batch, same numbers)",
-            flush=True,
-        )
-        if synchronising:
+        take_less_memory(run, error)
+        if run.dist.world_size > 1 and run.last_micro:
             raise  # the other ranks have summed half of the gradients: only a restart helps
-    if run.dist.device.type == "cuda":
-        torch.cuda.empty_cache()
+    machine.empty_cache(run.dist.device)
     return forward_backward(run, train_model, batch, poll)
 
 
@@ -829,35 +561,12 @@ def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) ->
     for i, micro in enumerate(micro_batches):
         poll()
         run.last_micro = i + 1 == len(micro_batches)
-        local = run.dist.world_size > 1 and not run.last_micro
-        with train_model.no_sync() if local else contextlib.nullcontext():
+        with sharding.synchronising(train_model, run.last_micro):
             with run.autocast():
                 loss = train_model(micro[:, :-1], micro[:, 1:]) / len(micro_batches)
             (loss * run.loss_scale.scale).backward()
         mean_loss += loss.detach()
     return run.dist.sum(mean_loss) / run.dist.world_size
-
-
-@dataclass
-class InFlight:
-    """A step's metrics on their way from the device, and what the host knew when it was queued."""
-
-    values: torch.Tensor  # loss, norm, whether it was bad; at a check also norms of the update
-    lr: float
-    limit: float  # of the loss, by the guard
-    first_window: int  # of the data order
-
-    def __post_init__(self):
-        self.arrived = None
-        if self.values.is_cuda:
-            self.values = self.values.to("cpu", non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def wait(self) -> list[float]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.values.tolist()
 
 
 class Training:
@@ -868,6 +577,7 @@ class Training:
         self.run, self.train_model, self.loader, self.saver = run, train_model, loader, saver
         self.monitor, self.supervisor = monitor, supervisor
         self.params = list(run.model.parameters())
+        self.sharded = sharding.is_sharded(run.model)
         self.guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
         self.clock = Clock(state, run.dist.world_size, monitor.energy)
         traces = Path(cfg.tensorboard_dir, cfg.run_name)
@@ -875,6 +585,7 @@ class Training:
         self.watch = StepWatch(traces if profiled else None, cfg.compile, monitor.say)
         self.in_flight: InFlight | None = None
         self.mid_update = False  # weights and moments may not belong together
+        self.all_here = not self.sharded  # what a checkpoint takes: all ranks, if they are sharded
         self.saved_at = (state.step, state.evaluated_step)
 
     def train(self) -> None:
@@ -886,7 +597,8 @@ class Training:
                 if evaluation_due(state, cfg):
                     self.read_last_metrics()
                     self.clock.count_as_overhead()
-                    evaluate(run, self.monitor, self.poll)
+                    with sharding.put_together(run.model):
+                        evaluate(run, self.monitor, self.poll_alone)
                     self.clock.count_as_overhead()
                 if checkpoint_due(state, cfg):
                     self.save()
@@ -896,7 +608,9 @@ class Training:
                 self.step()
         except (StopRequested, RuntimeError) as error:
             stop = self.supervisor.stop_for(error)
-            if not self.mid_update:
+            if not machine.answers(run.dist.device):  # NCCL waits for a process that has died
+                self.monitor.say("the device does not answer: nothing is saved but what was before")
+            elif self.all_here and not self.mid_update:
                 self.save()
             raise stop from None
         finally:
@@ -907,9 +621,9 @@ class Training:
         reading of the step before, whose metrics are there by now."""
         run, cfg, state, optimizer = self.run, self.run.cfg, self.run.state, self.run.optimizer
         with reading_data():
-            batch = self.loader.next_batch(lambda: self.poll(waiting=True))
+            batch = self.loader.next_batch(lambda: self.poll_alone(waiting=True))
         loss = forward_backward(run, self.train_model, batch, self.poll)
-        self.read_last_metrics()  # while the device works
+        self.read_last_metrics(self.poll)  # while the device works
         if state.consecutive_skips >= cfg.max_skips:
             roll_back(run, self.loader, self.saver, self.monitor)
             self.saved_at = (state.step, state.evaluated_step)
@@ -919,8 +633,8 @@ class Training:
         # Clip, judge, update. `found_inf` makes the fused kernel leave weights and moments alone
         # where the verdict is bad: no host round-trip, the same on all ranks.
         grads = [p.grad for p in self.params]
-        run.loss_scale.unscale(grads)
-        norm = nn.utils.get_total_norm(grads)
+        run.loss_scale.unscale([sharding.local(grad) for grad in grads])
+        norm = sharding.whole(nn.utils.get_total_norm(grads))
         if cfg.grad_clip:
             nn.utils.clip_grads_with_norm_(self.params, cfg.grad_clip, norm)
         limit, lr = self.guard.limit(), learning_rate(state.step + 1, cfg)
@@ -928,7 +642,7 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.found_inf = bad.float()
-        check = run.dist.is_main and health.check_due(state.step + 1)
+        check = (run.dist.is_main or self.sharded) and health.check_due(state.step + 1)
         norms = health.UpdateNorms(run.model, optimizer) if check else None
         self.mid_update = True
         optimizer.step()
@@ -950,18 +664,21 @@ class Training:
             self.monitor.histograms(run.model, state.step)
             self.clock.count_as_overhead()
 
-    def read_last_metrics(self) -> None:
+    def read_last_metrics(self, poll: Poll = lambda: None) -> None:
         """Read the metrics in flight: the one place where the host waits for the device, one step
         late, when the next step's work is already queued."""
         if self.in_flight is None:
             return
+        self.in_flight.wait(poll)  # which may raise: then they are still to be read
         flight, self.in_flight = self.in_flight, None
-        loss, norm, bad, *norms = flight.wait()
+        loss, norm, bad, *norms = flight.values.tolist()
         seconds = self.clock.count_as_training()
         state = self.run.state
         if verdict := self.guard.observe(loss, bool(bad), flight.limit):
             windows = f"windows {flight.first_window:,} to {state.position - 1:,} of the data order"
             self.monitor.say(f"WARNING step {state.step}: {verdict}; {windows}")
+            if state.consecutive_skips == min(3, self.run.cfg.max_skips):
+                self.monitor.outside.tell("updates skipped", verdict, state.step)
         self.monitor.step(self.run, loss, norm, bool(bad), flight.lr, seconds, norms)
 
     def save(self, say_so: bool = False) -> None:
@@ -969,9 +686,11 @@ class Training:
         self.read_last_metrics()
         run, cfg, state = self.run, self.run.cfg, self.run.state
         folder = run.checkpoint_folder
-        if self.saved_at == (state.step, state.evaluated_step) or not run.dist.is_main:
+        if self.saved_at == (state.step, state.evaluated_step):
             return
-        if state.consecutive_skips and not all(p.isfinite().all() for p in self.params):
+        if not (run.dist.is_main or self.sharded):
+            return
+        if state.consecutive_skips and not self.weights_are_finite():
             self.monitor.say(
                 f"WARNING step {state.step}: weights are not finite, no checkpoint written"
             )
@@ -987,26 +706,47 @@ class Training:
 
         self.monitor.flush()
         self.clock.count_as_overhead()
-        self.saver.save(
-            path,
-            checkpoint_of(run),
-            info={
-                "step": state.step,
-                "val_loss": state.validation_loss if evaluated else None,
-                "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # that the loss is of
-            },
-            on_done=written,
-            on_full=lambda: run_folders.make_room(folder, *retention),
-        )
+        content = checkpoint_of(run)
+        if run.dist.is_main:
+            self.saver.save(
+                path,
+                content,
+                info={
+                    "step": state.step,
+                    "val_loss": state.validation_loss if evaluated else None,
+                    "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # the loss is of
+                },
+                on_done=written,
+                on_full=lambda: run_folders.make_room(folder, *retention),
+            )
         self.saved_at = (state.step, state.evaluated_step)
         self.clock.count_as_overhead()
 
-    def poll(self, waiting: bool = False) -> None:
-        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0."""
-        self.supervisor.poll(waiting)
-        if self.supervisor.take_save_request():
+    def weights_are_finite(self) -> bool:
+        bad = not all(sharding.local(p).isfinite().all() for p in self.params)
+        return not (self.run.dist.any(bad) if self.sharded else bad)
+
+    def poll(self) -> None:
+        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0; on all
+        ranks at the same call if they are sharded, as a checkpoint takes them all."""
+        agree = self.run.dist.any if self.sharded else bool
+        try:
+            self.supervisor.poll(agree=agree, all_ranks=self.sharded)
+        except StopRequested:
+            self.all_here = True
+            raise
+        if agree(self.supervisor.take_save_request()):
             self.monitor.say(f"step {self.run.state.step:>5}: SIGUSR1, saving")
             self.save(say_so=True)
+
+    def poll_alone(self, waiting: bool = False) -> None:
+        """The same where each rank calls as often as it likes: a sharded run stops a step later."""
+        if self.sharded:
+            self.supervisor.alive(waiting)
+        elif waiting:
+            self.supervisor.poll(waiting)
+        else:
+            self.poll()
 
 
 def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
@@ -1024,7 +764,9 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         )
     if saver is not None:  # rank 0
         saver.wait()
-    path = run.dist.on_main(lambda: run_folders.find_latest(folder)[0]) or run.resumed_from
+    path, rank = planning.newest(
+        run.dist, lambda: run_folders.find_latest(folder)[0] or run.resumed_from
+    )
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
     names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
@@ -1034,11 +776,12 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         "position": loader.position,
         "consecutive_skips": 0,
     }
-    restore(run, load_checkpoint(path))
+    restore(run, read_checkpoint(run.dist, path, rank, Config))
     for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
-    monitor.say(f"WARNING {story}: back to {path}, on from data window {state.position:,}")
+    where = f"on from data window {state.position:,}"
+    monitor.tell("rolled back", f"WARNING {story}: back to {path}, {where}")
     monitor.rewind(state.step + 1)
 
 
@@ -1052,10 +795,11 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     """
     # From where: afresh, from a checkpoint, or as a branch of one.
     early = Config(**flags_now)  # for what must be known before the checkpoint is
-    start, checkpoint = planning.find_start(early, dist.on_main), None
+    dist.agree_to_start(flags_now)
+    start, checkpoint = planning.find_start(early, dist), None
     if start.path is not None:
         with about(*start.flag):
-            checkpoint = load_checkpoint(start.path)
+            checkpoint = read_checkpoint(dist, start.path, start.rank, Config)
         saved, _ = flags.merge(Config, {}, checkpoint["config"], {*checkpoint["asked"]}, True)
         stable = last_stable_step(saved)
         flags_now = planning.of_branch(start, flags_now, saved, checkpoint["step"], stable)
@@ -1069,7 +813,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         )
     weights = {}
     if cfg.init_from and checkpoint is None:
-        weights = resolve_init(cfg, flags_now, dist)
+        weights = planning.take_init(cfg, PRESETS, flags_now, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
     new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -1078,8 +822,8 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
 
     # On which data, and for how long.
     if cfg.data_dir == SAMPLE_DIR:
-        dist.on_main(lambda: planning.build_sample_corpus(SAMPLE_DIR))
-    train_data, val_data = planning.open_data(cfg)
+        planning.build_sample_corpus(SAMPLE_DIR, dist)
+    train_data, val_data, items = planning.open_data(cfg, dist)
     state = TrainState()
     if checkpoint is not None:
         if planning.is_other_data(cfg, checkpoint["data"], train_data):
@@ -1091,18 +835,16 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
             cfg.warmup_steps = saved.warmup_steps  # it is over and does not come again
     resolve_length(cfg, train_data.num_tokens, state.step, state.position * cfg.seq_len)
     validate(cfg, dist.world_size)
-    with about("hellaswag_file", cfg.hellaswag_file):
-        items = planning.hellaswag_items(cfg)
     cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
     dtype = getattr(torch, cfg.dtype)
     run = Run(cfg, flags_ever_given, dist, train_data, val_data, items, dtype, state=state)
-    run.resumed_from = start.path
+    run.resumed_from, run.restarted = start.path, start.restarted
     run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
     run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
     planning.check_length(run, SAMPLE_DIR)
     if cfg.verify_data:
         with about("data_dir", cfg.data_dir):
-            dist.on_main(lambda: shards.verify(cfg.data_dir))
+            dist.everywhere(lambda: dist.is_node_main and shards.verify(cfg.data_dir))
 
     # The model, and how much of a batch fits at a time.
     torch.manual_seed(cfg.seed)
@@ -1112,13 +854,9 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         run.model.to(dist.device)
         if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
             run.model.load_state_dict(weights)
-    if cfg.micro_batch_size is None:
-        sequences = cfg.total_batch_size // cfg.seq_len // dist.world_size
-        cfg.micro_batch_size = dist.on_main(
-            lambda: machine.choose_micro_batch(
-                run.model, sequences, dist.device, dtype, dist.world_size, run.autocast
-            )
-        )
+    if "micro_batch_size" not in flags_now:
+        before = cfg.micro_batch_size
+        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run, before))
     if checkpoint is not None:
         planning.say_changes(run, checkpoint, flags_now)
     return run, checkpoint
@@ -1166,57 +904,51 @@ def for_doctor(flags_now: dict) -> doctor.Program:
 
     reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
     given = Config(**flags_now)
-    return doctor.Program(given, plan, new_model, forward_backward, reference, SAMPLE_DIR)
+    trying = (new_model, prepare_pass, forward_backward)
+    return doctor.Program(given, plan, *trying, reference, SAMPLE_DIR)
 
 
-def build(run: Run, checkpoint: dict | None):
+def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
+    run.model.activation_checkpointing = cfg.activation_checkpointing
+    if cfg.shard and dist.world_size > 1:
+        sharding.shard(run.model)
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
-        try:
-            restore(run, checkpoint)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
+        restore(run, checkpoint)
     if not run.optimizer.state:
         make_moments(run)
     asked_to_compile = cfg.compile
     if cfg.compile is None:
         cfg.compile = dist.device.type == "cuda"
-    train_model = run.model
-    if cfg.compile:
-        ids = torch.zeros(cfg.micro_batch_size, cfg.seq_len + 1, dtype=torch.long).to(dist.device)
-        train_model = machine.compiled(run.model, ids, run.autocast, asked_to_compile)
-        cfg.compile = train_model is not run.model
-        run.optimizer.zero_grad(set_to_none=True)
-    if dist.world_size > 1:
-        # No static_graph: it cannot begin inside no_sync (gradient accumulation), LAB_NOTES.md.
-        train_model = nn.parallel.DistributedDataParallel(train_model, gradient_as_bucket_view=True)
+    train_model = prepare_pass(run, asked_to_compile)
     windows = cfg.total_batch_size // cfg.seq_len
     loader = StepLoader(
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
     )
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
-    monitor = Monitor(run, peak)
+    monitor = Monitor(run, peak, addresses)
     saver = None
+    content = checkpoint_of(run)
     if dist.is_main:
-        saver = background.BackgroundSaver(monitor.say)
-        saver.allocate(checkpoint_of(run))
+        saver = background.BackgroundSaver(monitor.announce)
+        saver.allocate(content)
     return train_model, loader, saver, monitor
 
 
 def main(command: CommandLine | None = None) -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
-    command = command or read_flags()
-    flags_now, dist = command.values(), None
+    command, dist = command or read_flags(), None
     try:
+        addresses = notify.take_addresses(command.typed, command.in_file)
+        flags_now = command.values()
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return doctor.examine(for_doctor(flags_now))
+            return doctor.examine(for_doctor(flags_now), addresses)
         dist = distributed(flags_now)
         if flags_now.get("print_config"):
             return print_config(flags_now, dist)
@@ -1231,11 +963,14 @@ def main(command: CommandLine | None = None) -> int:
             dist.leave()
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
-        train_model, loader, saver, monitor = build(run, checkpoint)
+        dist.remember(run.cfg.run_name)
+        train_model, loader, saver, monitor = build(run, checkpoint, addresses)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
-        if dist is not None and not dist.is_main:
-            time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
+        if dist is not None and dist.peers is not None:
+            dist.peers.close()
+        if dist is not None and not dist.is_node_main:
+            time.sleep(3)  # another says the same and ends us, unless the trouble is here alone
         terminal.print_error(error)
         return 2
     except RuntimeError as error:
@@ -1250,28 +985,34 @@ def main(command: CommandLine | None = None) -> int:
         )
 
     supervisor = Supervisor(
-        dist.rank, dist.world_size, dist.store, run.cfg.hang_timeout, run.cfg.max_hours
+        dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
     if saver is not None:
         saver.progress = supervisor.alive  # a long write is no hang
-    code = 0
+    code, how, why = 0, "finished", ""
+    monitor.begin(run)
     try:
         Training(run, train_model, loader, saver, monitor, supervisor).train()
     except StopRequested as stop:
-        code = stop.code
+        code, how, why = stop.code, "stopped", f"{stop}\n"
         monitor.say(f"{stop}: saving and leaving")
     except GuardGaveUp as story:
-        code = 1
+        code, how, why = 1, "gave up", f"{story}\n"
         monitor.say(f"ERROR {story}")
+    except BaseException as error:
+        monitor.leave("crashed", f"{type(error).__name__}: {error}", well=False)
+        raise
     loader.close()
     if saver is not None and not saver.close():
         code = 1
         path, reason = saver.failure
-        monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
+        monitor.tell("not saved", f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
     again = planning.next_command(run, command, finished, last_stable_step(run.cfg))
-    monitor.say(summary.farewell(run, finished, again))
+    words = summary.farewell(run, finished, again)
+    monitor.say(words)
+    monitor.leave(how, why + words, well=code != 1)
     supervisor.leave(code)
     return code
 

@@ -956,24 +956,6 @@ def test_stale_or_senseless_lock_files_do_not_block(tmp_path):
     assert (tmp_path / "precious").read_text() == "content"
 
 
-def test_a_restarted_launcher_finds_its_run(tmp_path, monkeypatch):
-    """torchrun --max-restarts: the same launcher, whatever the flags of the command say."""
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    run_folders.RunLock().acquire(tmp_path / "alone").release()
-    assert run_folders.launcher() is None and run_folders.run_of_launcher(tmp_path) is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun without --standalone says
-    assert run_folders.run_of_launcher(tmp_path) is None
-    run_folders.RunLock().acquire(tmp_path / "mine").release()
-    for name, content in (("a", b"[1]"), ("b", b"\xff"), ("c", b'{"job": null}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / ".lock").write_bytes(content)
-    assert run_folders.run_of_launcher(tmp_path) == "mine"
-    run_in_child(
-        lambda: None if run_folders.run_of_launcher(tmp_path) is None else 1 / 0
-    )  # another parent
-    assert run_folders.run_of_launcher(tmp_path / "absent") is None
-
-
 # --- Folders --------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,12 @@
 """What the machine is asked: memory, micro-batch, recompilations, profile."""
 
-import contextlib
+import functools
 import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +14,10 @@ import torch
 import train_improved as ti
 from conftest import run
 from runtime import machine
+from training.memory import training_bytes
 
-CPU, FP32 = torch.device("cpu"), torch.float32
+CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
+GB = 1e9
 
 
 @pytest.fixture
@@ -23,33 +30,84 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def choose(model, processes):
-    return machine.choose_micro_batch(model, 24, CPU, FP32, processes, contextlib.nullcontext)
+def choose(model, sequences=24, processes=1, saved=None):
+    cfg = ti.Config(total_batch_size=sequences * model.seq_len * processes)
+    dist = SimpleNamespace(device=CPU, world_size=processes)
+    return machine.choose_micro_batch(ti.Run(cfg, set(), dist, None, None, [], FP32, model), saved)
 
 
-def test_the_largest_divisor_that_fits(model):
-    assert choose(model, processes=1) == 24  # plenty of memory: nothing to try
-    assert not machine.cache_file().exists()
-    # A share of the memory that cannot hold even the weights leaves one sequence ...
+def test_on_a_cpu_the_largest_divisor_that_fits(model):
+    assert choose(model) == 24
+    assert choose(model, sequences=3 * 64) == 64, "no more than 4096 tokens a pass"
+    # A share of the memory that cannot hold even the weights leaves one sequence.
     assert choose(model, processes=1_000_000) == 1
-    # ... which is remembered,
-    (known,) = json.loads(machine.cache_file().read_text()).values()
-    assert known == 1
-    # and a size found elsewhere is used as far as it divides the batch.
-    (key,) = json.loads(machine.cache_file().read_text())
-    machine.remember(key, 7)
-    assert choose(model, processes=1_000_000) == 6
+    assert choose(model, saved=5) == 5, "a checkpoint's counts"
+    assert not machine.cache_file().exists(), "what is estimated need not be remembered"
+
+
+def test_memory_that_ran_out_is_remembered_for_a_day(model, monkeypatch):
+    machine.remember_shortage(model, CPU, FP32, 8)
+    assert choose(model) == 8
+    assert choose(model, sequences=9) == 3, "a divisor"
+    assert (choose(model, saved=12), choose(model, saved=4)) == (8, 4), "it wins over a checkpoint"
+    later = time.time() + machine.SHORTAGE_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert (choose(model), choose(model, saved=12)) == (24, 12)
     machine.cache_file().write_text("no JSON")
-    assert choose(model, processes=1_000_000) == 1
+    assert choose(model) == 24
 
 
-def test_measured_bytes_are_what_autograd_keeps(model):
-    few, _ = machine._measured_bytes(model, CPU, [1], contextlib.nullcontext)
-    # Per token and layer: two norms, qkv, attention, its output, four times the width twice; and
-    # the loss's gradient of the features. Without the float32 logits of a plain loss.
-    floats = few / 1.5 / 4
-    channels = 64 * 32
-    assert 2 * 12 * channels < floats < 2 * 25 * channels + 3 * 50_304 * 32 + 64 * 64 * 8
+def test_a_user_without_a_home(model, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it does for such a user
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(Path("elsewhere").absolute()))
+    assert machine.cache_file().parts[-4] == "elsewhere"
+    assert choose(model) == 24
+
+
+@functools.cache
+def estimated(name, dtype, sequences):
+    with torch.device("meta"):
+        model = ti.GPT(**ti.PRESETS[name])
+    return training_bytes(model, dtype, sequences, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("card", [8, 16, 24, 80, 0.6 * 128])
+@pytest.mark.parametrize("name", [name for name in ti.PRESETS if name != "tiny"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("more", [0.95, 1.0, 1.3])  # than the estimate, which may be wrong
+def test_the_search_never_tries_what_the_budget_does_not_allow(card, name, dtype, more):
+    budget, tried = 0.9 * card * GB, []
+    estimate = functools.partial(estimated, name, dtype)
+
+    def measure(n):
+        tried.append(n)
+        if more * estimate(n) > card * GB:
+            raise torch.OutOfMemoryError
+        return more * estimate(n)
+
+    sizes = [1, 2, 4, 8, 16, 32, 64]
+    if more * estimate(1) > card * GB:
+        with pytest.raises(torch.OutOfMemoryError):
+            machine._search(sizes, budget, estimate, measure)
+        assert tried == [1]
+        return
+    found = machine._search(sizes, budget, estimate, measure)
+    assert tried[0] == 1 and all(n <= 2 or more * estimate(n) <= budget for n in tried)
+    assert found == max((n for n in sizes if more * estimate(n) <= budget), default=1)
+
+
+def test_the_search_between_sizes_that_are_far_apart():
+    tried = []
+
+    def measure(n):
+        tried.append(n)
+        return 10 + n
+
+    assert machine._search([1, 5, 35], 100, lambda n: 10 + n, measure) == 35
+    assert tried == [1, 2, 5, 35]
+    assert machine._search([1, 5, 35], 40, lambda n: 10 + n, measure) == 5
+    assert machine._search([1], 100, lambda n: 10 + n, measure) == 1
 
 
 @pytest.mark.parametrize(

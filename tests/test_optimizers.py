@@ -223,7 +223,7 @@ def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
     run(*flags, "--max_steps", "10", "--run_name", "short", cwd=tmp_path, data=data)
     run(*flags, "--max_steps", "20", "--run_name", "long", cwd=tmp_path, data=data)
     out, _ = run("--resume", "latest", "--run_name", "short", cwd=tmp_path, small=False)
-    longer = "--resume checkpoints/short/step_00000008.pt --run_name short-longer --max_steps 20"
+    longer = "--max_steps 20 --run_name short-longer --resume checkpoints/short/step_00000008.pt"
     assert longer in out
     stable = checkpoint(tmp_path, 8, "short")
     assert stable.exists(), "the end of the stable part is kept"

@@ -161,11 +161,11 @@ def read_here(tmp_path, *paths, place=(0, 0), **flags) -> tuple[np.ndarray, Coun
     args = argparse.Namespace(**dict.fromkeys(FLAGS), text_key="text", separator="")
     args.source, args.val_source = [str(path) for path in paths], []
     vars(args).update(flags)
-    tokens, seen = [], preparation.Place()
+    tokens, seen = [], preparation.Part()
     for spans in corpus.find_units(sources.find_all(args, {}).files, args, place, ""):
-        unit = preparation.tokenize_unit(spans, vars(args))
-        tokens.append(unit.tokens)
-        seen = seen.after(unit)
+        more, unit = preparation.tokenize_unit(spans, vars(args))
+        tokens.append(more)
+        seen += unit
         places.append((seen.next, seen.tokens))
     return np.concatenate(tokens), seen.counts, seen.damage
 

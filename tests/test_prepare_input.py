@@ -36,6 +36,10 @@ def lines(texts, key="text", end="\n") -> bytes:
     return "".join(row + end for row in rows).encode()
 
 
+def pretty(rows) -> bytes:
+    return json.dumps(rows, indent=2, ensure_ascii=False).encode()
+
+
 def run(*flags) -> int:
     """The command in this process."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -95,6 +99,7 @@ ENCODINGS = {
     "crlf_lines.txt": (GERMAN.replace("\n", "\r\n").encode(), ["--separator", r"\n"], TEXTS),
     "mixed_ends.txt": (b"a\r\nb\nc\r\n\r\nd" * 2, ["--separator", r"\n"], "a b c da b c d".split()),
     "cp1252.txt": (LATIN.encode("cp1252"), ["--encoding", "cp1252"], [LATIN]),
+    "no_cp1252.txt": (b"a\x81b" + b" x" * 99, ["--encoding", "cp1252"], ["a\ufffdb" + " x" * 99]),
     "unmarked.txt": (GERMAN.encode("utf-16-le"), ["--encoding", "utf-16-le"], [GERMAN]),
 }  # fmt: skip
 
@@ -114,6 +119,12 @@ def test_encodings(tmp_path, name):
         ("unmarked.txt", GERMAN.encode("utf-16-le"), ["NUL", "--encoding utf-16-le"]),
         ("nul.jsonl", bytes(5000), ["NUL"]),
         ("cr.jsonl", lines(TEXTS, end="\r"), ["no document"]),
+        ("half.jsonl", lines(TEXTS) + lines(TEXTS, "body"), ["400 of 800 documents", "id, body"]),
+        ("wrapped.json", pretty({"data": records(TEXTS)}), ["records have data"]),
+        ("repr.jsonl", b"{'text': 'a'}\n" * 9, ["9 lines that are not JSON"]),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid 1\n", ["git lfs pull"]),
+        ("empty.jsonl", b"", ["no data"]),
+        ("blank.txt.gz", gzip.compress(b""), ["no corpus to cut"]),
         ("lines.txt", lines(TEXTS), ["holds JSON", "--format jsonl"]),
         ("table.csv", b"name;body\na;b\n", ["--text_key text", "it has name;body"]),
         ("fields.json", json.dumps(records(TEXTS, "story")).encode(), ["id, story", "--text_key"]),
@@ -140,10 +151,6 @@ def test_line_ends_and_separators_that_were_meant(tmp_path, capsys):
 # --- Containers -----------------------------------------------------------------------------------
 
 
-def pretty(rows) -> bytes:
-    return json.dumps(rows, indent=2, ensure_ascii=False).encode()
-
-
 def members(data: bytes) -> bytes:
     return gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :])
 
@@ -163,6 +170,8 @@ CONTAINERS = {
     "long_records.json": (json.dumps(records([LONG] * 5)).encode(), [LONG] * 5),
     "one_object.json": (pretty({"text": "only one. " * 9}), ["only one. " * 9]),
     "commas.jsonl": (lines(TEXTS, end=",\n"), TEXTS),
+    "joined.jsonl": (2 * (codecs.BOM_UTF8 + lines(TEXTS)), 2 * TEXTS),
+    "padded.jsonl.gz": (gzip.compress(lines(TEXTS)) + bytes(512), TEXTS),
     "LINES.JSONL": (lines(TEXTS), TEXTS),
     "no_newline_at_end.jsonl": (lines(TEXTS).rstrip(), TEXTS),
     "xz.jsonl.xz": (lzma.compress(lines(TEXTS)), TEXTS),
@@ -256,7 +265,7 @@ def test_folders_of_save_to_disk(tmp_path, capsys):
 @pytest.mark.parametrize("ending", ["gz", "xz", "bz2", "zst"])
 def test_a_cut_file_gives_every_whole_line(tmp_path, capsys, ending):
     rng = np.random.default_rng(0)
-    texts = [f"{i} {rng.bytes(300).hex()}" for i in range(1500)]
+    texts = [f"{i} {rng.bytes(300).hex()}" for i in range(2500)]
     if ending == "zst":
         pack = pytest.importorskip("zstandard").ZstdCompressor().compress
     else:
@@ -381,9 +390,23 @@ def test_the_same_file_in_both_splits(tmp_path, capsys):
     assert run(*flags, "--out", tmp_path / "out") == 0
     expect(tmp_path / "out", ENGLISH + TEXTS)
     assert "v.jsonl is validation, and left out of training" in capsys.readouterr().err
+    write(tmp_path, {"copies/1.jsonl": lines(TEXTS), "copies/2.jsonl": lines(TEXTS)})
+    assert run("--source", tmp_path / "copies", "--out", tmp_path / "out1") == 0
+    expect(tmp_path / "out1", TEXTS + TEXTS)
+    assert "2.jsonl holds the same as" in capsys.readouterr().err
     flags = ("--source", tmp_path / "v.jsonl", "--val_source", tmp_path / "v.jsonl")
     assert run(*flags, "--out", tmp_path / "out2") == 2
     is_refused(capsys, tmp_path / "out2", "--source: nothing is left")
+
+
+def test_splits_in_names_are_noticed(tmp_path, capsys):
+    parts = {f"data/{s}-00000.jsonl": lines([s]) for s in ("train", "test", "validation")}
+    write(tmp_path, parts | {"data/more.jsonl": lines(["trainer attested"])})
+    assert run("--source", tmp_path / "data", "--out", tmp_path / "out") == 0
+    assert "test, train, validation are all read as training" in capsys.readouterr().err
+    flags = ("--source", tmp_path / "data", "--val_source", tmp_path / "data", "--split", "train")
+    assert run(*flags, "--val_split", "validation", "--out", tmp_path / "out2") == 0
+    expect(tmp_path / "out2", ["validation", "train"])
 
 
 def test_paths_as_people_write_them(tmp_path, capsys, monkeypatch):

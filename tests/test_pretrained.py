@@ -455,10 +455,10 @@ def test_a_shorter_context_and_our_own_checkpoint(workplace, data, tmp_path):
         (["--init_from", "hf", "--n_layer", "3"], ["--n_layer 3", "has n_layer 2"]),
         (["--init_from", "hf", "--model", "gpt2"], ["--model gpt2, with n_layer 12", "n_layer 2"]),
         (["--init_from", "hf", "--seq_len", "64"], ["--seq_len 64", "seq_len 32", "lower it"]),
-        (["--init_from", "./none"], ["./none does not exist"]),
-        (["--init_from", "none.pt"], ["none.pt does not exist"]),
-        (["--init_from", "data"], ["data holds neither"]),
-        (["--resume", "latest", "--init_from", "gpt2"], ["--init_from gpt2", "began with hf"]),
+        (["--init_from", "./none"], ["--init_from ./none: does not exist"]),
+        (["--init_from", "none.pt"], ["--init_from none.pt: does not exist"]),
+        (["--init_from", "data"], ["--init_from data: holds neither"]),
+        (["--resume", "latest", "--init_from", "gpt2"], ["--init_from gpt2", "has init_from hf"]),
     ],
 )
 def test_what_does_not_fit_is_named(capsys, monkeypatch, workplace, data, flags, words):

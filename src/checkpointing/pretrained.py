@@ -116,8 +116,13 @@ def _nothing_in(folder: Path) -> str:
 def to_safetensors(source: str, folder: Path, how: str = "") -> str:
     """The command that makes transformers load `source` and write it to `folder`."""
     load = f"t.GPT2LMHeadModel.from_pretrained({source!r}{how})"
-    code = f"import transformers as t; {load}.save_pretrained({str(folder)!r})"
-    return f"python -c {shlex.quote(code)}"
+    return _python(f"import transformers as t; {load}.save_pretrained({str(folder)!r})")
+
+
+def _python(code: str) -> str:
+    """A command that can be pasted into a shell."""
+    special = re.search(r'["$`\\!]', code)
+    return f"python -c {shlex.quote(code)}" if special else f'python -c "{code}"'
 
 
 # --- The hub --------------------------------------------------------------------------------------
@@ -379,7 +384,7 @@ def _read_config(folder: Path, shape: dict) -> dict:
         code = f"import transformers as t; t.GPT2Config({sizes}).save_pretrained({str(folder)!r})"
         raise ValueError(
             f"{folder} has no config.json, which says how many heads the model has; write it with "
-            f"your number in: python -c {shlex.quote(code)}"
+            f"your number in: {_python(code)}"
         )
     content = _read_json(folder / "config.json")
     return {name: value for name, value in content.items() if value is not None}

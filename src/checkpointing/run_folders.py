@@ -211,8 +211,9 @@ class RunLock:
         self.path: Path | None = None
         self.fd: int | None = None
 
-    def acquire(self, folder) -> "RunLock":
-        """Take the lock of `folder`; ValueError names the host and the process that have it."""
+    def acquire(self, folder, patience: float = 0.0) -> "RunLock":
+        """Take the lock of `folder`, which another process may hold for `patience` seconds more;
+        then ValueError names its host and number."""
         assert self.fd is None
         if fcntl is None:
             return self
@@ -235,6 +236,10 @@ class RunLock:
                 if e.errno in (errno.EACCES, errno.EAGAIN):
                     holder = self._holder(fd)
                     os.close(fd)
+                    if patience > 0:
+                        time.sleep(1)
+                        patience -= 1
+                        continue
                     raise ValueError(
                         f"{folder} is in use by {holder}: stop it or choose another --run_name"
                     ) from None
@@ -244,7 +249,7 @@ class RunLock:
                 raise
             os.close(fd)
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        content["job"] = launcher()
+        content["job"] = torchrun_job()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
         self.fd, self.path = fd, path
@@ -273,16 +278,18 @@ class RunLock:
             self.fd = self.path = None
 
 
-def launcher() -> str | None:
-    """What the torchrun that started this process is called, the same over all its restarts."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{run_id} {socket.gethostname()} {os.getppid()}" if run_id is not None else None
+def torchrun_job() -> str | None:
+    """What --rdzv_id calls the job that this process belongs to, if it does."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job
 
 
-def run_of_launcher(checkpoint_dir) -> str | None:
-    """Name of the run whose folder an earlier attempt of our torchrun claimed, if there is one."""
-    for folder in run_folders(checkpoint_dir) if launcher() else ():
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if json.loads((folder / ".lock").read_bytes()).get("job") == launcher():
-                return folder.name
-    return None
+def run_of_job(checkpoint_dir) -> str | None:
+    """Name of the run whose folder a process of our job claimed last, if one did."""
+    found = []
+    for folder in run_folders(checkpoint_dir) if torchrun_job() else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+            content = json.loads((folder / ".lock").read_bytes())
+            if content.get("job") == torchrun_job():
+                found.append((content["time"], folder.name))
+    return max(found)[1] if found else None

@@ -264,7 +264,7 @@ def find_runs(words: list[str], tensorboard_dir: str) -> dict[str, Path]:
         if top is None and candidates:
             raise ValueError(f"{word}: no TensorBoard event files there, nor in any folder in it")
         if top is None:
-            here = places[1].parent
+            here = Path(tensorboard_dir).expanduser()
             names = sorted(p.name for p in here.iterdir() if p.is_dir()) if here.is_dir() else []
             near = difflib.get_close_matches(word, names, n=3) or names[-3:]
             hint = f"; there: {', '.join(near)}" if near else ""
@@ -279,7 +279,7 @@ def find_runs(words: list[str], tensorboard_dir: str) -> dict[str, Path]:
             found.append((" ".join(plain(name).split()), folder))
     names = [name for name, _ in found]
     return {
-        name if names.count(name) == 1 else os.path.relpath(folder): folder
+        name if names.count(name) == 1 else plain(os.path.relpath(folder)): folder
         for name, folder in found
     }
 

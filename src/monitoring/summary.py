@@ -21,6 +21,7 @@ import torch
 
 from basics import durable, host, words
 from checkpointing import run_folders
+from monitoring import notify
 from training import memory as step_memory
 
 
@@ -39,7 +40,7 @@ def plan(run) -> str:
     epochs = (run.state.position * cfg.seq_len + rest) / data.num_tokens
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    memory = step_memory.training_bytes(run.model, run.dtype, cfg.micro_batch_size)
+    memory = step_memory.of_run(run)
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
@@ -123,10 +124,8 @@ def every_flag(cfg, given: dict) -> str:
 
 
 def checkpoint_bytes(run) -> int:
-    """Weights and moments in float32: two, but one for the matrices that Muon trains."""
-    matrices = [p for p in run.model.transformer.h.parameters() if p.dim() >= 2]
-    one_moment = sum(p.numel() for p in matrices) if run.cfg.optimizer == "muon" else 0
-    return 12 * run.model.num_params() - 4 * one_moment
+    """Return the bytes of weights and moments, in float32."""
+    return step_memory.state_bytes(run.model, run.cfg.optimizer)
 
 
 def checkpoints_kept(cfg) -> int:
@@ -183,7 +182,7 @@ def memory_needed(run) -> tuple[int, int, int | None, str]:
 
     None: nobody knows what is free.
     """
-    need = step_memory.training_bytes(run.model, run.dtype, run.cfg.micro_batch_size)
+    need = step_memory.of_run(run)
     if run.dist.device.type == "cuda":
         return need, 0, torch.cuda.mem_get_info(run.dist.device)[0], "GPU memory"
     need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -229,7 +228,7 @@ def store_config(run, folder: Path) -> str | None:
         "config": dataclasses.asdict(run.cfg),
         "asked": sorted(run.flags_ever_given),
         "changes": run.state.changes + run.changes,  # by resumes, that changed learning
-        "command": sys.argv,
+        "command": notify.redact_words(sys.argv),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_revision": git,
         "python": platform.python_version(),
@@ -281,5 +280,6 @@ def farewell(run, finished: bool, command: str) -> str:
     if cfg.use_tensorboard:
         rows.append(f"TensorBoard   {Path(cfg.tensorboard_dir, cfg.run_name)}")
         rows.append(f"watch         {watching(cfg)}")
+    command = command.replace("\n", f"\n{'':<14}")  # one a machine
     rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
     return "\n".join(rows)

@@ -28,7 +28,7 @@ import torch
 
 from basics import host, words
 from basics.words import tint
-from monitoring import energy, summary
+from monitoring import energy, notify, summary
 from runtime import machine, planning
 from tokens import shards as token_shards
 from tokens import tokenizer
@@ -65,12 +65,13 @@ class Program:
     flags: object  # a Config of the flags given, undecided
     plan: Callable  # (**flags over those) -> a planned Run; ValueError, OSError if it cannot begin
     new_model: Callable  # Config -> (model, optimizer)
+    prepare_pass: Callable  # (run, whether compiling was asked for) -> training pass
     forward_backward: Callable  # (run, training pass, ids, poll): one micro-batch's gradients
     reference: dict  # flags of the reference run
     sample_dir: str
 
 
-def examine(program: Program) -> int:
+def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> int:
     """Look at everything -> exit code 0, or 2 if there is a problem."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)
@@ -96,6 +97,7 @@ def examine(program: Program) -> int:
         check_data(report, run, program.sample_dir)
         check_hellaswag(report, run)
     check_ports(report)
+    check_messages(report, addresses)
     if fits:  # else the attempt itself could bring the machine down
         check_speed(report, program, run)
     print()
@@ -346,6 +348,16 @@ def check_hellaswag(report: Report, run) -> None:
         report.add("note", "HellaSwag", text, "python src/hellaswag.py --download (12 MB)")
 
 
+def check_messages(report: Report, addresses: notify.Addresses) -> None:
+    """Send a test message to every --notify."""
+    for name, error in notify.try_out(addresses):
+        if error is None:
+            report.add("ok", "notify", f"{name} took a test message: did it arrive?")
+        else:
+            text = f"--notify {name}: the test message was not taken ({error})"
+            report.add("PROBLEM", "notify", text, "the address, and the network from here")
+
+
 def check_ports(report: Report) -> None:
     taken = []
     for port in PORTS:
@@ -415,9 +427,9 @@ def measure(report: Report, program: Program, run, name: str) -> tuple[float, fl
             run.model, run.optimizer = program.new_model(cfg)
             ids = torch.randint(tokenizer.VOCAB_SIZE, (cfg.micro_batch_size, cfg.seq_len + 1))
         run.loss_scale = LossScale(run.dtype, device)
-        train_model = run.model
-        if cfg.compile or (cfg.compile is None and device.type == "cuda"):
-            train_model = machine.compiled(run.model, ids, run.autocast, None)
+        if cfg.compile is None:
+            cfg.compile = device.type == "cuda"
+        train_model = program.prepare_pass(run, None)
 
         def micro_batch():
             program.forward_backward(run, train_model, ids, lambda waiting=False: None)

@@ -127,7 +127,8 @@ def read_command_line(config_class, description: str, argv: list[str]) -> Comman
             action = argparse.BooleanOptionalAction if negatable(field) else "store_true"
             added = group.add_argument(f"--{name}", action=action, help=text)
         elif meta["several"]:
-            added = group.add_argument(f"--{name}", nargs="+", metavar="STR", help=text)
+            many = {"nargs": "+", "action": "extend", "metavar": "STR"}
+            added = group.add_argument(f"--{name}", **many, help=text)
         elif meta["choices"]:
             choices = meta["choices"]
             added = group.add_argument(

@@ -1,9 +1,11 @@
 """What this machine can do: precision, memory, micro-batch, the measured peak."""
 
+import contextlib
 import ctypes
 import json
 import math
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,49 +13,51 @@ import torch
 
 from basics import durable, host
 from basics.words import marked
-from training.memory import training_bytes
+from training.memory import state_bytes, training_bytes
 
 
 def choose_device(name: str | None, local_rank: int = 0, world_size: int = 1) -> torch.device:
-    """The device of --device for this process, prepared; without a name the best there is."""
+    """Return the device of --device for this process, prepared; without a name the best there is.
+
+    Raise ValueError for one that is not there.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available() and world_size == 1:
-            name = "mps"
+        alone = found is not None and found.type == "mps" and world_size > 1
+        name = "cpu" if found is None or alone else found.type
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(
             f"--device {name}: is no device of PyTorch; use cuda, cpu or mps"
         ) from None
-    there = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    index = local_rank if device.index is None else device.index
-    if not there.get(device.type) or (device.type == "cuda" and index >= there["cuda"]):
-        raise ValueError(
-            f"--device {name}: not available to process {local_rank} here, PyTorch "
-            f"{torch.__version__} sees {there['cuda']} CUDA device(s); use --device cpu, or "
-            "fewer processes"
-        )
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type != "cuda":
         return device
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    index = local_rank if device.index is None else device.index
+    count = torch.accelerator.device_count()
+    if found is None or found.type != device.type or index >= count:
+        raise ValueError(
+            f"--device {name}: not available to process {local_rank} here, PyTorch "
+            f"{torch.__version__} sees {count} {found.type if found else 'CUDA'} device(s); use "
+            "--device cpu, or fewer processes"
+        )
+    if index > 0:
+        torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)
 
 
 def best_dtype(device: torch.device) -> str:
-    """bfloat16 where the hardware has it, float32 otherwise."""
+    """Return the name of the precision whose products the hardware is fastest at.
+
+    bfloat16 where it is native; float16, with a loss scale, on GPUs that have only that (V100, T4);
+    float32 elsewhere.
+    """
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
 
 
@@ -69,161 +73,204 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
 
 
-def choose_micro_batch(model, sequences: int, device: torch.device, dtype: torch.dtype,
-                       processes: int, autocast) -> int:  # fmt: skip
-    """The largest divisor of a process' `sequences` per step that fits into memory with headroom.
+# --- Micro-batch ----------------------------------------------------------------------------------
 
-    Found by running the model where memory could be short, otherwise (and for a model on the meta
-    device) by the estimate; remembered per device, model, precision and version of torch.
+
+def choose_micro_batch(run, saved: int | None = None) -> int:
+    """Return the largest divisor of a process' sequences per step that fits into memory.
+
+    run: train_improved.Run. saved: the checkpoint's, which counts unless memory ran out with it
+    lately. On CUDA the size is found by running the model, and remembered; elsewhere, and for a
+    model on the meta device, by the estimate. Raise ValueError if not even one sequence fits.
     """
+    model, device, processes = run.model, run.dist.device, run.dist.world_size
+    sequences = run.cfg.total_batch_size // model.seq_len // processes
+    key = _key(model, device, run.dtype)
+    known, shortage = _recall(key)
     sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
-    if device.type != "cuda":  # beyond that a CPU gains nothing, and its caches lose
-        sizes = [n for n in sizes if n * model.seq_len <= 4096] or [1]
-    budget = memory_budget(device, processes)
-    if device.type != "cuda" and training_bytes(model, dtype, max(sizes)) < budget / 2:
-        return max(sizes)
-    if model.lm_head.weight.is_meta:
-        known = remembered(_key(model, device, dtype), sizes)
-        return known or _largest(sizes, lambda n: training_bytes(model, dtype, n) <= budget)
-    key = _key(model, device, dtype)
-    known = remembered(key, sizes)
+    if shortage:
+        sizes = [n for n in sizes if n <= shortage]
+    if saved is not None:
+        return saved if not shortage or saved <= shortage else max(sizes)
+    # Beyond that a GPU is busy anyway, and the caches of a CPU lose.
+    most = 4096 if device.type == "cpu" else 65_536
+    sizes = [n for n in sizes if n * model.seq_len <= most] or [1]
     if known:
-        return known
+        return max(n for n in sizes if n <= max(1, known))
+    budget = memory_budget(device, processes)
+
+    def estimate(n: int) -> int:
+        accumulating, optimizer = n < sequences, run.cfg.optimizer
+        return training_bytes(model, run.dtype, n, device, accumulating, processes, optimizer)
+
+    if device.type != "cuda" or model.lm_head.weight.is_meta:
+        return max((n for n in sizes if estimate(n) <= budget), default=1)
+    # What a pass alone does not show: moments, gradients that wait for more, DDP's buckets.
+    params = model.num_params()
+    rest = state_bytes(model, run.cfg.optimizer) - 4 * params
+    rest += 4 * params * ((sequences > 1) + (processes > 1))
+
+    def measure(n: int) -> float:
+        return rest + _peak_bytes(model, n, device, run.autocast)
+
     print("finding the largest micro-batch that fits ...", flush=True)
-    per_sequence, rest = _measured_bytes(model, device, sizes, autocast)
-    rest += 8 * model.num_params()  # the two moments, which do not exist yet
-    size = _largest(sizes, lambda n: rest + n * per_sequence <= budget)
-    while device.type == "cuda" and not _fits(model, size, device, autocast):
-        if size == 1:
-            raise ValueError(
-                "--micro_batch_size: not even one sequence fits into the device's memory; use a "
-                "smaller --model or --seq_len"
-            )
-        size = smaller(size, sequences)
-    remember(key, size)
+    shared = torch.cuda.get_device_properties(device).is_integrated
+    try:
+        if shared and estimate(1) > budget:  # there too much does not raise, it freezes the host
+            raise torch.OutOfMemoryError
+        with _no_more_than(budget, device):
+            size = _search(sizes, budget, estimate, measure)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"--model: not even one sequence fits, training needs about {estimate(1) / 1e9:.1f} GB "
+            f"and may fill {budget / 1e9:.1f} GB of the device's memory; use a smaller --model or "
+            "--seq_len"
+        ) from None
+    _remember(key, size=size)
     return size
 
 
-def memory_budget(device: torch.device, processes: int) -> float:
-    """Bytes that a process may fill. Where CPU and GPU share memory (a DGX Spark), asking for too
-    much does not raise, it freezes the host: much is left alone there."""
-    available = host.available_bytes() or 8e9
-    if device.type != "cuda":
-        return 0.5 * available / processes
-    free = torch.cuda.mem_get_info(device)[0]
-    if torch.cuda.get_device_properties(device).is_integrated:
-        return min(0.6 * free, 0.6 * available)
-    return 0.9 * free
+def _search(sizes: list[int], budget: float, estimate, measure) -> int:
+    """Return the largest of `sizes` whose need stays within the budget: 1, 2, 4 ... as far as the
+    next one fits by the estimate of what it adds, corrected by what was measured so far. Out of
+    memory with 1 is the caller's."""
+    n, need, correction = 1, measure(1), 1.0
+    probes = {2, *sizes} if max(sizes) > 1 else set()
 
+    def expected(m: int) -> float:
+        return need + correction * (estimate(m) - estimate(n))
 
-def smaller(size: int, sequences: int) -> int:
-    """The next micro-batch after an out-of-memory: half, or the divisor of `sequences` below."""
-    return max(n for n in range(1, size // 2 + 1) if sequences % n == 0)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _largest(sizes: list[int], fits) -> int:
-    return max((n for n in sizes if fits(n)), default=1)
-
-
-def _measured_bytes(model, device, sizes, autocast) -> tuple[float, float]:
-    """What the training pass needs: bytes per sequence, and bytes whatever their number."""
-    if device.type == "cuda":
-        # Apart enough for the difference to be activations alone, and not the loss's chunk.
-        low, high = sizes[len(sizes) // 4], sizes[len(sizes) // 2]
-        if low == high or not (_fits(model, low, device, autocast)):
-            low, high = 1, 1
-        first = _peak_bytes(model, low, device, autocast)
-        second = _peak_bytes(model, high, device, autocast) if high > low else 2 * first
-        per_sequence = (second - first) / max(1, high - low)
-        return per_sequence, max(0.0, first - low * per_sequence)
-    # A CPU keeps no statistics: count what autograd keeps for the backward pass of one sequence.
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    ids = torch.zeros(1, model.seq_len + 1, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
-        loss = model(ids[:, :-1], ids[:, 1:])
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    del loss
-    # Half as much again: gradients of activations, and what the allocator cannot use.
-    activations = 1.5 * sum(size for at, size in kept.items() if at not in weights)
-    return activations, training_bytes(model, torch.float32, 0)
+    while ahead := [m for m in probes if m > n and expected(m) <= budget]:
+        larger = max((m for m in ahead if m <= 2 * n), default=min(ahead))
+        try:
+            there = measure(larger)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            there = math.inf
+        if there > budget:
+            probes = {m for m in probes if m < larger}
+        else:
+            correction = (there - need) / (estimate(larger) - estimate(n))
+            n, need = larger, there
+    return max(m for m in sizes if m <= n)
 
 
 def _peak_bytes(model, size: int, device, autocast) -> float:
-    """Highest allocation of a forward and backward pass above what was there, on a GPU."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    ids = torch.zeros(size, model.seq_len + 1, dtype=torch.long, device=device)
+    """Return the most that was allocated in a forward and backward pass on the device."""
+    empty_cache(device)
+    torch.accelerator.reset_peak_memory_stats(device)
     try:
+        ids = torch.zeros(size, model.seq_len + 1, dtype=torch.long, device=device)
         with autocast():
             loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        wait_for(device)
+        return torch.accelerator.max_memory_allocated(device)
     finally:
         model.zero_grad(set_to_none=True)
 
 
-def _fits(model, size: int, device, autocast) -> bool:
+def memory_budget(device: torch.device, processes: int) -> float:
+    """Return the bytes that a process may fill, with what it holds already.
+
+    Where CPU and GPU share memory (a DGX Spark), asking for too much does not raise, it freezes the
+    host, and the copy for checkpoints lies there too: much is left alone.
+    """
+    available = host.available_bytes() or 8e9
+    if device.type == "cpu":
+        return 0.5 * available / processes
+    if device.type != "cuda":
+        return 0.5 * available  # shared, as far as is known
+    free, _ = torch.accelerator.get_memory_info(device)
+    held = torch.accelerator.memory_reserved(device)
+    if torch.cuda.get_device_properties(device).is_integrated:
+        return 0.6 * min(free, available) + held
+    return 0.9 * (free + held)
+
+
+@contextlib.contextmanager
+def _no_more_than(budget: float, device: torch.device):
+    """Have CUDA's allocator raise OutOfMemoryError instead of growing beyond the budget."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
     try:
-        _peak_bytes(model, size, device, autocast)
-        fits = True
-    except torch.OutOfMemoryError:
-        fits = False
-    torch.cuda.empty_cache()
-    return fits
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        empty_cache(device)
+
+
+def smaller(size: int, sequences: int) -> int:
+    """Return the next micro-batch after an out-of-memory: half, or the divisor below."""
+    return max(n for n in range(1, size // 2 + 1) if sequences % n == 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether PyTorch says so, also through a compiler or a library of NVIDIA's."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
+def empty_cache(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
 
 
 # --- Remembered between runs ----------------------------------------------------------------------
 
+SHORTAGE_SECONDS = 24 * 3600  # that an out-of-memory counts: what else was there may be gone
+
 
 def _key(model, device: torch.device, dtype: torch.dtype) -> str:
-    name, total = "cpu", host.available_bytes()
+    name = device.type
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        name, total = properties.name, properties.total_memory
+        name = f"{properties.name} {properties.total_memory / 1e9:.0f} GB"
     shape = f"{model.n_layer}x{model.n_embd}x{model.seq_len}"
-    return f"{name} {(total or 0) / 1e9:.0f} GB, torch {torch.__version__}, {shape}, {dtype}"
+    return f"{name}, torch {torch.__version__}, {shape}, {dtype}"
 
 
 def cache_file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "train_improved" / "micro_batch.json"
+    """Return where sizes are remembered; without a home, among the temporary files."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # neither HOME nor an entry in the list of users
+        home = os.path.join(tempfile.gettempdir(), f"train_improved-{os.getuid()}")
+    return Path(home, "train_improved", "micro_batch.json")
 
 
-def remembered(key: str, sizes: list[int]) -> int | None:
-    """The size found earlier, as a member of `sizes`; None if nothing (readable) is known."""
+def _recall(key: str) -> tuple[int | None, int | None]:
+    """Return the size that was found, and the one left by an out-of-memory of the last day."""
     try:
-        known = json.loads(cache_file().read_text())[key]
-        return _largest(sizes, lambda n: n <= known)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        entry = json.loads(cache_file().read_text())[key]
+        fresh = time.time() - entry.get("at", 0) < SHORTAGE_SECONDS
+        return entry.get("size"), entry.get("shortage") if fresh else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None
 
 
-def remember(key: str, size: int) -> None:
+def _remember(key: str, **values) -> None:
     path = cache_file()
     try:
         try:
             known = dict(json.loads(path.read_text()))
+            entry = dict(known.get(key, {}))
         except (OSError, ValueError, TypeError):
-            known = {}
+            known, entry = {}, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, json.dumps(known | {key: size}, indent=1).encode() + b"\n")
+        durable.write(path, json.dumps(known | {key: entry | values}, indent=1).encode() + b"\n")
     except OSError:
         pass  # then it is found again next time
 
 
-def remember_smaller(model, device: torch.device, dtype: torch.dtype, size: int) -> None:
-    remember(_key(model, device, dtype), size)
+def remember_shortage(model, device: torch.device, dtype: torch.dtype, size: int) -> None:
+    """Have the next runs take no more than `size`, for a day."""
+    _remember(_key(model, device, dtype), shortage=size, at=time.time())
 
 
 # --- Speed ----------------------------------------------------------------------------------------
@@ -252,48 +299,78 @@ def measure_speed(new_model, cfg, device: torch.device, autocast) -> float:
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Rate of a matrix product in this precision, in FLOP/s, measured now: what MFU refers to."""
-    size = 8192 if device.type == "cuda" else 1024
+    """Return the rate of a matrix product in this precision, in FLOP/s, measured now over half a
+    second (a CPU: a fifth) of work after a warm-up: what MFU refers to."""
+    size, least = (1024, 0.2) if device.type == "cpu" else (8192, 0.5)
     own = torch.Generator().manual_seed(0)  # training's random numbers stay as they are
     a, b = (torch.randn(size, size, generator=own).to(device, dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(5):
+    out, count = a @ b, 0
+    wait_for(device)
+    start = time.perf_counter()
+    while (seconds := time.perf_counter() - start) < least:
+        for _ in range(4):
+            torch.mm(a, b, out=out)
         wait_for(device)
-        start = time.perf_counter()
-        a @ b
-        wait_for(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        count += 4
+    return count * 2 * size**3 / seconds
 
 
 def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    """Wait until the device has done all that it was given. For measurements: Python's signal
+    handlers do not run meanwhile."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def compiled(model, ids_BT, autocast, asked: bool | None):
-    """torch.compile of model's loss, or the model itself where that fails and nobody asked for it.
+def wait_until(event: torch.Event, poll=lambda: None) -> None:
+    """Wait until the device has come to the event, in short sleeps between which Python's signal
+    handlers run, and poll() does. A wait inside the driver would keep them out; with NCCL it never
+    ends where another process has died."""
+    while not event.query():
+        poll()
+        time.sleep(0.001)
+
+
+def answers(device: torch.device, seconds: float = 5.0) -> bool:
+    """Return whether the device does what it was given, within this time. With NCCL it does not
+    where it waits for a process that has died."""
+    if device.type == "cpu":
+        return True
+    event, deadline = torch.Event(device), time.monotonic() + seconds
+    event.record()
+    while not event.query():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def compiled(model, ids_BT, autocast, asked: bool | None, wrap=lambda model: model, say=print):
+    """Return (training pass, whether it is compiled): wrap(model compiled), or wrap(model) where
+    torch.compile fails and nobody asked for it.
 
     Tried at once on ids (micro-batch, T+1), forward and backward, so that trouble shows before the
-    run begins; leaves gradients behind. The model itself stays as it is, for evaluation. With
-    `asked`, trouble is a ValueError.
+    run begins; leaves gradients behind. `wrap` comes first: what DDP holds is cut at its buckets
+    when it is compiled. The model itself stays as it is, for evaluation. Raise ValueError for
+    trouble where it was `asked` for; running out of memory is the caller's to deal with.
     """
-    print("compiling the training pass, about a minute the first time ...", flush=True)
-    train_model = torch.compile(model)
+    say("compiling the training pass, about a minute the first time ...")
+    # Not dynamic: after an out-of-memory the smaller micro-batch shall get a graph as good.
+    train_model = wrap(torch.compile(model, dynamic=False))
     try:
-        with autocast():
-            loss = train_model(ids_BT[:, :-1], ids_BT[:, 1:])
-        loss.backward()
-        return train_model
+        with getattr(train_model, "no_sync", contextlib.nullcontext)():
+            with autocast():
+                loss = train_model(ids_BT[:, :-1], ids_BT[:, 1:])
+            loss.backward()
+        return train_model, True
     except Exception as error:  # whatever a compiler can think of
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if asked:
             raise ValueError(
                 f"--compile: torch.compile does not work here ({reason}); install a C++ compiler "
                 "(on a GPU also Triton), or use --no-compile"
             ) from error
-        warning = f"WARNING torch.compile does not work here ({reason}): training without it"
-        print(marked(warning), flush=True)
-        return model
+        say(marked(f"WARNING torch.compile does not work here ({reason}): training without it"))
+        return wrap(model), False

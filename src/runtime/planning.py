@@ -12,12 +12,16 @@ from pathlib import Path
 
 from basics import durable, inputs
 from basics.words import marked
-from checkpointing import files, run_folders
+from checkpointing import files, pretrained, run_folders
 from monitoring import summary
-from runtime import flags, launch
+from runtime import flags
 from tokens import sample_text, tokenizer
 from tokens.stream import open_source
 from training import scoring
+
+# Seconds that a restart waits for an earlier attempt's rank 0: it may have been cut off, and be
+# about to notice (peers.SILENCE and what it has to save then).
+LOCK_PATIENCE = 150.0
 
 SAMPLE_EPOCHS = 10  # of the sample corpus; beyond that a model learns it by heart
 
@@ -30,21 +34,24 @@ class Start:
 
     run_name: str | None  # as far as it is known before the checkpoint is
     path: Path | None = None  # of the checkpoint; None: a fresh start
+    rank: int = 0  # whose disk has it
     flag: tuple[str, str] | None = None  # (name, value) that says so
     branches_off: bool = False  # by --decay_from, now
+    restarted: bool = False  # by torchrun, after an earlier attempt
 
 
-def find_start(early, on_main) -> Start:
+def find_start(early, dist) -> Start:
     """Return what --resume, --decay_from, --run_name and a restart by torchrun mean together.
 
-    early: the flags of this command, not merged yet. on_main: Distributed.on_main.
+    early: the flags of this command, not merged yet. dist: Distributed.
     """
     folder = Path(early.checkpoint_dir)
     if early.run_name is not None:
         run_folders.validate_run_name(early.run_name)
-    begun = None  # by an earlier attempt of this torchrun (--max-restarts)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        begun = on_main(lambda: run_folders.run_of_launcher(folder))
+    begun = dist.begun(folder)  # by an earlier attempt of this torchrun (--max-restarts)
+    if early.run_name is not None and not early.decay_from and begun != early.run_name:
+        begun = None  # an older run by the same --rdzv_id
+    restarted = begun is not None
     name = begun or early.run_name
     if early.decay_from:
         if early.resume not in (None, "auto"):
@@ -56,11 +63,37 @@ def find_start(early, on_main) -> Start:
         if (folder / name).resolve() == source:
             problem = "is the run itself, give the branch another name"
             raise inputs.wrong("run_name", name, problem)
-    path = on_main(lambda: find_checkpoint(early.resume, name, folder, begun is not None))
+    flag = ("resume", early.resume)
+    with inputs.about(*flag):
+        path, rank = newest(dist, lambda: find_checkpoint(early.resume, name, folder, restarted))
     if path is None and early.decay_from:
         flag = ("decay_from", early.decay_from)
-        return Start(name, Path(early.decay_from), flag, branches_off=True)
-    return Start(name, path, ("resume", early.resume or path))
+        with inputs.about(*flag):
+            path, rank = newest(dist, lambda: Path(early.decay_from))
+        return Start(name, path, rank, flag, branches_off=True, restarted=restarted)
+    return Start(name, path, rank, ("resume", early.resume or path), restarted=restarted)
+
+
+def newest(dist, find) -> tuple[Path | None, int]:
+    """Return which of the checkpoints that `find()` -> path finds on the disks of the machines,
+    which may be one disk, was saved last, and a rank that can read it; (None, 0) if there is none.
+    ValueError if that is what is wrong on all of them."""
+
+    def look():
+        try:
+            path = find() if dist.is_node_main else None
+            return path and (files.read_info(path).get("saved_at", 0.0), str(path)), None
+        except ValueError as error:
+            return None, str(error)
+
+    looks = dist.everywhere(look)
+    found = [(*file, -rank) for rank, (file, _) in enumerate(looks) if file is not None]
+    if found:
+        _, path, rank = max(found, key=lambda f: (f[0], f[2]))
+        return Path(path), -rank
+    for error in filter(None, (error for _, error in looks)):
+        raise ValueError(error)
+    return None, 0
 
 
 def find_checkpoint(
@@ -195,27 +228,68 @@ def validate(cfg, world_size: int) -> None:
         raise ValueError("\n".join(problems))
 
 
+def take_init(cfg, presets: dict, flags_now: dict, dist) -> dict:
+    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
+    weights = {}
+
+    def read():
+        preset = presets.get(flags_now.get("model"), {})
+        with inputs.about("init_from", cfg.init_from):
+            shape, found = pretrained.for_training(
+                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
+            )
+        weights.update(found)
+        return shape
+
+    shape = dist.on_main(read)
+    vars(cfg).update(shape)
+    alike = [m for m, p in presets.items() if p | {"seq_len": cfg.seq_len} == shape]
+    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
+    return weights
+
+
 # --- Data and folders -----------------------------------------------------------------------------
 
 
-def open_data(cfg):
-    """Return (training windows, validation windows) of --data_dir."""
-    with inputs.about("data_dir", cfg.data_dir):
-        return [
-            open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed) for split in ("train", "val")
-        ]
+def open_data(cfg, dist) -> tuple:
+    """Return (training windows, validation windows, HellaSwag items), from this machine's disk.
+
+    The same on all machines, or ValueError names one that differs.
+    """
+    found = {}
+
+    def open_here():
+        with inputs.about("data_dir", cfg.data_dir):
+            for split in ("train", "val"):
+                found[split] = open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed)
+        with inputs.about("hellaswag_file", cfg.hellaswag_file):
+            found["items"] = hellaswag_items(cfg)
+        return {
+            "--data_dir, training": found["train"].fingerprint,
+            "--data_dir, validation": found["val"].fingerprint,
+            "--hellaswag_file, items": len(found["items"]),
+        }
+
+    dist.agree(dist.everywhere(open_here))
+    return found["train"], found["val"], found["items"]
 
 
-def build_sample_corpus(folder: str) -> None:
-    """Say that training begins with the sample corpus, and make it if it is not there yet."""
-    print(
-        f"No data prepared: training on a small sample corpus in {folder}, one novel by Charles "
-        "Dickens.\nFor the real run prepare FineWeb-Edu: python src/prepare_data.py (28 GB "
-        "download; see QUICK_START.md)",
-        flush=True,
-    )
-    if not Path(folder, "manifest.json").exists():
-        sample_text.sample_corpus(folder)
+def build_sample_corpus(folder: str, dist) -> None:
+    """Say that training begins with the sample corpus, and make it where it is not there yet."""
+    if dist.is_main:
+        print(
+            f"No data prepared: training on a small sample corpus in {folder}, one novel by "
+            "Charles Dickens.\nFor the real run prepare FineWeb-Edu: python src/prepare_data.py "
+            "(28 GB download; see QUICK_START.md)",
+            flush=True,
+        )
+
+    def build():
+        if dist.is_node_main and not Path(folder, "manifest.json").exists():
+            sample_text.sample_corpus(folder)
+
+    dist.on_main(build)
+    dist.everywhere(build)  # on machines that have a disk of their own
 
 
 def is_other_data(cfg, seen: dict, data) -> bool:
@@ -299,12 +373,19 @@ def next_command(run, command: flags.CommandLine, finished: bool, last_stable: i
     elif not run_folders.list_checkpoints(run.checkpoint_folder):
         return "the same command again, nothing is saved yet"
     script = Path(__file__).parents[1] / "train_improved.py"
-    typed = flags.words(typed, type(cfg))
-    return shlex.join([*launch.start_words(os.environ), os.path.relpath(script), *typed])
+    secret = [name for name in ("notify", "heartbeat") if "..." in typed.get(name, "")]
+    typed = {name: value for name, value in typed.items() if name not in secret}
+    typed = [os.path.relpath(script), *flags.words(typed, type(cfg))]
+    once_more = f"  # and {' '.join(f'--{name}' for name in secret)} again: no address is stored"
+    once_more = once_more if secret else ""
+    commands = [shlex.join([*start, *typed]) + once_more for start in run.dist.starts]
+    if len(commands) > 1:
+        commands.insert(0, f"one of these on each of {len(commands)} machines:")
+    return "\n".join(commands)
 
 
-def check_unused(run) -> list[files.Info]:
-    """Return the checkpoints of the run's name; ValueError where they are not of this run."""
+def check_unused(run) -> None:
+    """Raise ValueError where there are checkpoints of the run's name, but of another run."""
     cfg, folder = run.cfg, run.checkpoint_folder
     existing = run_folders.list_checkpoints(folder)
     if existing and not run.resumes_own_name:
@@ -313,21 +394,22 @@ def check_unused(run) -> list[files.Info]:
         if cfg.resume == "auto":
             problem = f"none of the checkpoints in {folder} is whole; move them away"
         raise inputs.wrong("run_name", cfg.run_name, f"{problem}, or choose another name")
-    return existing
 
 
 def preflight(run, checkpoint: dict | None) -> None:
     """Claim the output folders and try them, before anything expensive. For rank 0."""
-    cfg, folder, existing = run.cfg, run.checkpoint_folder, check_unused(run)
+    cfg, folder = run.cfg, run.checkpoint_folder
+    check_unused(run)
     log_folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
         with inputs.about(name, getattr(cfg, name)):
             warnings += [durable.check_writable(path)]
         if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
-            run.locks.append(run_folders.RunLock().acquire(path))
+            patience = LOCK_PATIENCE if run.restarted else 0.0
+            run.locks.append(run_folders.RunLock().acquire(path, patience))
     run_folders.sweep(folder)
-    for beyond in existing if run.resumes_own_name else ():
+    for beyond in run_folders.list_checkpoints(folder) if run.resumes_own_name else ():
         if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
             beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
             print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)

@@ -15,7 +15,17 @@ import re
 import sys
 import time
 
-from tokens.sources import BOMS, DAMAGE, HEAD, SourceFile, long_window, look_inside, unpacker
+from tokens.sources import (
+    BOMS,
+    DAMAGE,
+    HEAD,
+    TOO_LONG,
+    SourceFile,
+    long_window,
+    look_inside,
+    missing_key,
+    unpacker,
+)
 
 MAX_RECORD = 256 << 20  # characters of one record of a JSON array, or of one field of CSV
 
@@ -67,32 +77,17 @@ class RemoteFile(io.RawIOBase):
         raise ValueError(f"{self.url} cannot be read ({problem}); the same command goes on later")
 
 
-class Peeked(io.RawIOBase):
-    """A pipe whose first bytes have been looked at."""
-
-    def __init__(self, raw):
-        self.raw = raw
-        self.head = raw.read(HEAD)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self.head[: len(buffer)] if self.head else self.raw.read(len(buffer))
-        self.head = self.head[len(data) :]
-        buffer[: len(data)] = data
-        return len(data)
-
-
 def open_raw(file: SourceFile):
     return RemoteFile(file.path, file.size) if "://" in file.path else open(file.path, "rb")
 
 
-def open_pipe(file: SourceFile, args) -> Peeked:
+def open_pipe(file: SourceFile, args) -> io.BufferedReader:
     """Open a pipe, and find out what comes out of it."""
-    raw = Peeked(sys.stdin.buffer if file.path == "-" else open(file.path, "rb"))  # noqa: SIM115
-    look_inside(file, io.BytesIO(raw.head), args)
-    return raw
+    raw = sys.stdin.buffer if file.path == "-" else open(file.path, "rb")  # noqa: SIM115
+    head = raw.read(HEAD)
+    look_inside(file, io.BytesIO(head), args)
+    rest = iter(functools.partial(raw.read, 1 << 16), b"")
+    return io.BufferedReader(Chunks(itertools.chain([head], rest)))
 
 
 class Chunks(io.RawIOBase):
@@ -117,6 +112,9 @@ class Chunks(io.RawIOBase):
 
 
 # --- Content --------------------------------------------------------------------------------------
+
+
+CUT = re.compile("(?i)truncated|not a gzip")  # not a checksum; something else behind the end
 
 
 class Content:
@@ -163,10 +161,10 @@ class Content:
         except DAMAGE as e:
             if not self.file.compression or getattr(e, "errno", None):
                 raise
-            if "too much memory" in str(e):  # a later frame of zstd than the first
+            if TOO_LONG in str(e):  # a later frame of zstd than the first
                 raise ValueError(long_window(self.file.path)) from None
             self.damage = str(e)
-            self.exact = isinstance(e, EOFError) or "truncated" in str(e).lower()
+            self.exact = isinstance(e, EOFError) or bool(CUT.search(self.damage))
             if not self.file.pipe:
                 yield self.rest_before_damage(self.given)
 
@@ -182,15 +180,18 @@ class Content:
         return bytes(rest)
 
     def decoded(self, chunks):
-        """From another encoding to UTF-8."""
-        decode = codecs.getincrementaldecoder(self.file.encoding)().decode
+        """From another encoding to UTF-8. What it does not know becomes a byte that is no UTF-8,
+        which is counted later; UTF-16 and UTF-32 end there."""
+        encoding = self.file.encoding
+        errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+        decode = codecs.getincrementaldecoder(encoding)(errors).decode
         for chunk in itertools.chain(chunks, [b""]):
             try:
-                yield decode(chunk, not chunk).encode("utf-8", "surrogatepass")
+                yield decode(chunk, not chunk).encode("utf-8", "surrogateescape")
             except UnicodeDecodeError as e:
-                before = e.object[: e.start].decode(self.file.encoding)
-                yield before.encode("utf-8", "surrogatepass")
-                self.damage = self.damage or f"not {self.file.encoding} from some place on"
+                self.rest = len(e.object) - e.start
+                self.damage = self.damage or f"{e.reason} in {encoding}"
+                yield e.object[: e.start].decode(encoding).encode()
                 return
 
 
@@ -299,17 +300,19 @@ def quote_is_open(lines: list[str], separator: str) -> bool:
 
 
 def dataset_records(file: SourceFile, key: str, skip: int):
-    """The texts of whatever else `datasets` can read."""
+    """The texts of whatever else `datasets` can read, and of what it saved."""
     import datasets
 
+    if file.load.get("saved"):
+        data = datasets.load_from_disk(file.path)
+        data = data[file.load["split"]] if file.load["split"] else data
+        for batch in data.select_columns(key).skip(skip).iter(1000):
+            yield from batch[key]
+        return
     for record in datasets.load_dataset(file.path, **file.load, streaming=True).skip(skip):
         if key not in record:
             raise ValueError(missing_key(file.path, key, record))
         yield record[key]
-
-
-def missing_key(path: str, key: str, keys) -> str:
-    return f"--text_key {key}: {path} has no such column; it has {', '.join(map(str, keys))}"
 
 
 # --- Columns --------------------------------------------------------------------------------------
@@ -344,23 +347,3 @@ def row_batches(parquet, file: SourceFile, rows: int, group: int, key: str):
     except (OSError, pa.ArrowException) as e:
         where = f"{file.path}: row group {group} is damaged"
         raise ValueError(f"{where} ({e}): fetch the file again and remove --out") from None
-
-
-def open_arrow(path: str, raw, key: str):
-    """A reader of record batches with the column `key`."""
-    import pyarrow as pa
-
-    try:
-        reader = pa.ipc.open_file(raw)
-    except pa.ArrowInvalid:
-        raw.seek(0)
-        reader = pa.ipc.open_stream(raw)
-    if key not in reader.schema.names:
-        raise ValueError(missing_key(path, key, reader.schema.names))
-    return reader
-
-
-def batches(reader):
-    if hasattr(reader, "num_record_batches"):
-        return map(reader.get_batch, range(reader.num_record_batches))
-    return iter(reader)

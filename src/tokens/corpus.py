@@ -2,7 +2,7 @@
 
 A unit is a list of spans with about 2 MiB of text together. Workers read the spans of files that
 can be entered in the middle (lines, plain text, Parquet's row groups). What must be read from its
-beginning (compressed files, pipes, other encodings than UTF-8, JSON arrays, CSV, Arrow, large row
+beginning (compressed files, pipes, other encodings than UTF-8, JSON arrays, CSV, large row
 groups) is read by the process that hands out units, and its spans carry the content. The units of a
 source are the same every time, and from the end of any of them on, so that a preparation can go on
 after a crash.
@@ -22,11 +22,9 @@ from collections import Counter
 
 from tokens.content import (
     Content,
-    batches,
     csv_records,
     dataset_records,
     json_records,
-    open_arrow,
     open_parquet,
     open_pipe,
     open_raw,
@@ -165,8 +163,6 @@ def find_spans(index: int, file: SourceFile, args, place: int, digest: str):
     raw = open_pipe(file, args) if file.pipe else None
     if file.kind == "parquet":
         return parquet_spans(index, file, key, place)
-    if file.kind == "arrow":
-        return arrow_spans(index, file, key, place)
     if file.kind == "datasets":
         return record_spans(index, file, dataset_records(file, key, place), place, done=place)
     if file.kind == "json":
@@ -185,9 +181,6 @@ def check_columns(file: SourceFile, key: str) -> None:
     """ValueError if a file is damaged at its end or has no column `key`, without reading it all."""
     if file.kind == "parquet" and "://" not in file.path:
         open_parquet(file.path, file.size, key)
-    elif file.kind == "arrow":
-        with open_raw(file) as raw:
-            open_arrow(file.path, raw, key)
     elif file.kind == "csv" and not file.pipe:
         next(csv_records(Content(file), key), None)
 
@@ -278,29 +271,6 @@ def parquet_spans(index: int, file: SourceFile, key: str, place: int):
                 yield Span(file, (index, done), batch.nbytes, share, data=packed(batch))
 
 
-def arrow_spans(index: int, file: SourceFile, key: str, place: int):
-    """Arrow's files and streams, as `datasets` writes them. place: rows done."""
-    import pyarrow as pa
-
-    done = before = 0
-    try:
-        with open_raw(file) as raw:
-            reader = open_arrow(file.path, raw, key)
-            for batch in batches(reader):
-                batch = batch.select([key])
-                rows = max(1, batch.num_rows * UNIT // max(UNIT, batch.nbytes))
-                for start in range(0, batch.num_rows, rows):
-                    part = batch.slice(start, rows)
-                    done += part.num_rows
-                    after = raw.tell()
-                    if done > place:
-                        size = part.get_total_buffer_size() * part.num_rows // batch.num_rows
-                        yield Span(file, (index, done), size, after - before, data=packed(part))
-                    before = after
-    except (OSError, pa.ArrowException) as e:
-        raise ValueError(f"{file.path} is no whole Arrow file ({e}): fetch it again") from None
-
-
 def packed(batch) -> bytes:
     """A record batch as bytes that a worker can read."""
     import pyarrow as pa
@@ -343,7 +313,7 @@ def read_span(span: Span, options: dict, counts: Tally):
     """Lists of documents, or for plain text without a separator one string: a piece of a document,
     which begins with this span if `span.first`. Everything odd is counted."""
     file, key, separator = span.file, options["text_key"], options["separator"]
-    if file.kind in ("parquet", "arrow"):
+    if file.kind == "parquet":
         for batch in span_batches(span, key):
             yield arrow_texts(batch.column(0), counts)
         return
@@ -456,7 +426,7 @@ def json_texts(data: bytes, key: str, counts: Tally) -> list[str]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             try:
-                record = json.loads(line.rstrip().removesuffix(","))
+                record = json.loads(line.strip().strip("\ufeff,"))  # of files that were joined
             except (ValueError, RecursionError):
                 counts["broken_json"] += 1
                 continue
@@ -465,7 +435,7 @@ def json_texts(data: bytes, key: str, counts: Tally) -> list[str]:
 
 
 def arrow_texts(column, counts: Tally) -> list[str]:
-    """The texts of a column of Arrow, which does not promise that strings are UTF-8."""
+    """The texts of a column of Parquet, which does not promise that strings are UTF-8."""
     import pyarrow as pa
 
     try:

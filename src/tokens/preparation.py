@@ -36,6 +36,33 @@ VAL_SHARE = 0.05  # what a small corpus gives to validation, instead of a whole 
 WORK = ".prepare"  # folder inside DIR for everything that a restart needs
 PATIENCE = 32  # units without any document, after which it is no use to read on
 
+
+@dataclasses.dataclass
+class Part:
+    """What is known of a part of the source: of a unit, or of all of them so far."""
+
+    split: str = "val"  # of its last file
+    next: tuple[int, int] = (0, 0)  # where the following unit begins: (index of the file, place)
+    digest: str = ""  # SHA-256 of a pipe, until there
+    tokens: int = 0
+    weight: int = 0  # bytes of the source's files
+    lost: int = 0  # more of these, behind damage
+    damage: list[str] = dataclasses.field(default_factory=list)
+    counts: Tally = dataclasses.field(default_factory=Tally)
+    fields: tuple = ()  # of the first record without a text
+
+    def __add__(self, unit: "Part") -> "Part":
+        return dataclasses.replace(
+            unit,
+            tokens=self.tokens + unit.tokens,
+            weight=self.weight + unit.weight,
+            lost=self.lost + unit.lost,
+            damage=self.damage + unit.damage,
+            counts=Tally(self.counts + unit.counts),
+            fields=self.fields or unit.fields,
+        )
+
+
 # --- Workers --------------------------------------------------------------------------------------
 
 
@@ -54,33 +81,19 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-@dataclasses.dataclass
-class Unit:
-    """What is known of a unit when its tokens are there."""
-
-    tokens: np.ndarray
-    split: str
-    weight: int
-    next: tuple[int, int]  # where the following unit begins in the source
-    digest: str  # of a pipe, until there
-    damage: list[str]
-    lost: int
-    counts: Tally
-    fields: tuple
-
-
-def tokenize_unit(spans: list[Span], options: dict) -> Unit:
+def tokenize_unit(spans: list[Span], options: dict) -> tuple[np.ndarray, Part]:
+    """The tokens of a unit, and what is to be known of it."""
     counts = Tally()
     arrays = [array for span in spans for array in span_tokens(span, options, counts)]
-    last = spans[-1]
-    return Unit(
-        tokens=np.concatenate(arrays) if arrays else NO_TOKENS,
-        split=last.file.split,
+    tokens = np.concatenate(arrays) if arrays else NO_TOKENS
+    return tokens, Part(
+        split=spans[-1].file.split,
+        next=spans[-1].next,
+        digest=spans[-1].digest,
+        tokens=len(tokens),
         weight=sum(span.weight for span in spans),
-        next=last.next,
-        digest=last.digest,
-        damage=[f"{span.file.path}: {span.damage}" for span in spans if span.damage],
         lost=sum(span.lost for span in spans),
+        damage=[f"{span.file.name}: {span.damage}" for span in spans if span.damage],
         counts=counts,
         fields=counts.fields,
     )
@@ -127,39 +140,7 @@ class Unusable(ValueError):
     """Nothing can be made of this corpus with these options."""
 
 
-@dataclasses.dataclass
-class Place:
-    """A place in the source, between two units, and what was seen before it."""
-
-    next: tuple[int, int] = (0, 0)
-    digest: str = ""
-    tokens: int = 0
-    weight: int = 0  # bytes of the source's files
-    lost: int = 0  # of these, behind damage
-    counts: Tally = dataclasses.field(default_factory=Tally)
-    damage: list[str] = dataclasses.field(default_factory=list)
-    fields: tuple = ()
-
-    def after(self, unit: Unit) -> "Place":
-        return Place(
-            unit.next,
-            unit.digest,
-            self.tokens + len(unit.tokens),
-            self.weight + unit.weight,
-            self.lost + unit.lost,
-            Tally(self.counts + unit.counts),
-            self.damage + unit.damage,
-            self.fields or unit.fields,
-        )
-
-    @classmethod
-    def from_json(cls, record: dict) -> "Place":
-        place = cls(**record)
-        place.next, place.counts = tuple(place.next), Tally(place.counts)
-        return place
-
-
-def odd_documents(place: Place, keys=tuple(corpus.COUNTS)) -> list[str]:
+def odd_documents(place: Part, keys=tuple(corpus.COUNTS)) -> list[str]:
     """What was odd about documents, with its count."""
     odd = [f"{n:,} {corpus.COUNTS[key]}" for key in keys if (n := place.counts[key])]
     if place.fields:
@@ -173,7 +154,7 @@ class Preparation:
     def __init__(self, out: Path, options: dict, has_val_source: bool):
         self.out, self.options, self.folder = out, options, out / WORK
         self.has_val_source = has_val_source
-        self.place = self.before = Place()  # where the source is read on; before the last unit
+        self.place = self.before = Part()  # where the source is read on; before the last unit
         self.skip = 0  # tokens of the next unit that are in shards already
         self.units, self.ended = 0, False
         self.head = 0  # tokens in head.bin
@@ -185,6 +166,7 @@ class Preparation:
         self.searched = 0  # tokens in which no start of a document was found beyond the target
         self.writer = ThreadPoolExecutor(1)  # writes a shard while the next one is filled
         self.writing = None
+        self.opened = contextlib.ExitStack()
 
     # The journal
 
@@ -192,6 +174,7 @@ class Preparation:
         """Take up what an interrupted run left in the folder, and sweep what it did not finish."""
         path, whole = self.folder / "journal", 0
         self.journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.opened.callback(os.close, self.journal)
         for line in path.read_bytes().splitlines(keepends=True):
             try:
                 record = json.loads(line)
@@ -211,7 +194,8 @@ class Preparation:
             shard = self.out / entry["name"]
             if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{shard} was finished, and is missing or cut: remove {self.out}")
-        self.head_file = open(self.folder / "head.bin", "ab")  # noqa: SIM115
+        head = open(self.folder / "head.bin", "ab")  # noqa: SIM115
+        self.head_file = self.opened.enter_context(head)
         self.head_file.truncate(2 * self.head)
         for folder, names in ((self.folder, ".tmp-*"), (self.out, ".tmp-*_*.bin-*")):
             for temporary in folder.glob(names):
@@ -228,9 +212,10 @@ class Preparation:
             self.shards[record["split"], record["number"]] = record["shard"]
             self.position += record["shard"]["tokens"]
         if "place" in record:
-            self.place = Place.from_json(record["place"])
+            self.place = Part(**record["place"])
+            self.place.next, self.place.counts = tuple(self.place.next), Tally(self.place.counts)
 
-    def note(self, record: dict, place: Place | None = None) -> None:
+    def note(self, record: dict, place: Part | None = None) -> None:
         if place is not None:
             record["place"] = vars(place)
         os.write(self.journal, json.dumps(record).encode() + b"\n")
@@ -238,15 +223,15 @@ class Preparation:
 
     # Units
 
-    def take(self, unit: Unit) -> None:
+    def take(self, tokens: np.ndarray, unit: Part) -> None:
         """Add a unit to the stream, and cut off it what can be cut."""
-        self.before, self.place = self.place, self.place.after(unit)
+        self.before, self.place = self.place, self.place + unit
         self.units += 1
         if not self.place.tokens and self.units >= PATIENCE:
             raise Unusable(self.nothing_found())
         if self.val_end is None and self.has_val_source and unit.split == "train":
             self.decide(self.before.tokens, self.before)
-        tokens, self.skip = unit.tokens[self.skip :], 0
+        tokens, self.skip = tokens[self.skip :], 0
         if self.val_end is None:
             self.head_file.write(tokens)
             self.save_head(self.place, self.options["shard_tokens"])
@@ -255,7 +240,7 @@ class Preparation:
             self.pending.append(tokens)
         self.cut_shards()
 
-    def save_head(self, place: Place, least: int = 1) -> None:
+    def save_head(self, place: Part, least: int = 1) -> None:
         """Make head.bin, which reaches to `place`, durable if it has grown by `least` tokens."""
         self.head_file.flush()
         if place.tokens - self.head >= least:
@@ -277,7 +262,7 @@ class Preparation:
         self.wait()
 
     def nothing_found(self) -> str:
-        odd = ", ".join(odd_documents(self.place)) or "no data"
+        odd = "; ".join(odd_documents(self.place) + self.place.damage) or "no data"
         return f"no document was found with --text_key {self.options['text_key']}: {odd}"
 
     def refuse_losses(self, allowed: float, size: int, left_out: int) -> None:
@@ -318,6 +303,7 @@ class Preparation:
 
     def close(self) -> None:
         self.writer.shutdown()
+        self.opened.close()
 
     # Validation
 
@@ -339,7 +325,7 @@ class Preparation:
         if end is not None:
             self.decide(end, self.place)
 
-    def decide(self, val_end: int, place: Place) -> None:
+    def decide(self, val_end: int, place: Part) -> None:
         """Let validation end with token `val_end`, and head.bin at `place`."""
         if not val_end:
             raise Unusable("no document was found in --val_source")
@@ -401,7 +387,7 @@ class Preparation:
         self.position = stop
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def write(self, key: tuple[str, int], tokens: np.ndarray, place: Place | None) -> None:
+    def write(self, key: tuple[str, int], tokens: np.ndarray, place: Part | None) -> None:
         path = self.out / f"{self.options['prefix']}_{key[0]}_{key[1]:06d}.bin"
         entry = shards.write_shard(path, tokens)
         documents = int(np.count_nonzero(tokens == EOT))  # which no document's text can contain

@@ -27,12 +27,13 @@ from pathlib import Path
 # --- Files ----------------------------------------------------------------------------------------
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
-FORMATS |= {".txt": "text", ".text": "text", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+FORMATS |= {".txt": "text", ".text": "text", ".csv": "csv", ".tsv": "csv"}
 COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
 KNOWN = f"{' '.join(FORMATS)} (text also as {' '.join(COMPRESSIONS)})"
 BESIDE = re.compile(  # no part of a corpus, and not missed
     r"(readme|licen[cs]e|notice)(\.md|\.rst)?|(dataset_infos?|dataset_dict|state)\.json", re.I
 )
+SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])")
 SAMPLE = 8 << 20  # bytes of a file that its fingerprint covers
 HEAD = 1 << 16  # bytes of its content that tell what a file is
 
@@ -44,12 +45,12 @@ class SourceFile:
     path: str  # a local path, the hub's hf://..., "-" for standard input, or the data set
     name: str  # the path below the source's folder: what is compared at a restart
     split: str  # "train" or "val"
-    kind: str  # "parquet", "arrow", "jsonl", "json", "csv", "text", "datasets"; a pipe's: "auto"
+    kind: str  # "parquet", "jsonl", "json", "csv", "text", "datasets"; of a pipe: "auto"
     compression: str = ""  # "gz", "zst", "xz", "bz2"
     size: int = 0  # bytes; 0 if unknown
     mtime_ns: int = 0  # 0 where sha256 covers the whole file
     sha256: str = ""  # of a file of up to 8 MiB, or of 128 parts of it; of a URL: the server's ETag
-    load: dict = dataclasses.field(default_factory=dict)  # "datasets": arguments of load_dataset
+    load: dict = dataclasses.field(default_factory=dict)  # "datasets": for dataset_records
     pipe: bool = False  # can be read once, from its beginning
     encoding: str = ""  # of text that is not UTF-8
     inode: tuple = ()  # the same for all names and links of one file
@@ -75,12 +76,12 @@ def find_all(args, commits: dict) -> Found:
     args: source, val_source, name, split, val_split, revision, format, encoding, text_key. commits:
     what an earlier start of this preparation found. ValueError if there is nothing to read.
     """
-    found, seen = Found(), {}
+    found, seen, contents = Found(), {}, {}
     for split, sources in (("val", args.val_source), ("train", args.source)):
         for source in sources:
             files, commit = find_files(source, split, args, commits.get(source, ""), found.left_out)
             for file in files:
-                first = seen.setdefault(file.inode or (file.path, file.split), file)
+                first = seen.setdefault(file.inode or (file.path, str(file.load)), file)
                 if first is file:
                     found.files.append(file)
                 elif first.split != split:
@@ -90,6 +91,17 @@ def find_all(args, commits: dict) -> Found:
             found.commits |= {source: commit} if commit else {}
         if sources and not any(file.split == split for file in found.files):
             raise ValueError("--source: nothing is left for training, all of it is --val_source")
+    for file in found.files:
+        twin = contents.setdefault((file.size, file.sha256), file)
+        if file.size and file.sha256 and twin is not file:
+            found.notes.append(f"{file.path} holds the same as {twin.path}; both are read")
+    names = " ".join(os.path.basename(f.name).lower() for f in found.files if f.split == "train")
+    marks = sorted(set(SPLIT_IN_NAME.findall(names)))
+    if "train" in marks and len(marks) > 1:
+        found.notes.append(
+            f"files named {', '.join(marks)} are all read as training text: give --split train, or "
+            "name the files that you mean"
+        )
     for number, file in enumerate(file for file in found.files if file.pipe):
         file.name = f"pipe {number}" if file.path != "-" else "-"
     return found
@@ -107,14 +119,16 @@ def find_files(
     whose endings say nothing. ValueError if there is nothing to read.
     """
     path = Path(os.path.expanduser(source))
+    if not source:
+        raise ValueError("--source '': name a file, a folder or a data set")
     if source == "-" or is_pipe(path):
         name = "-" if source in ("-", "/dev/stdin", "/dev/fd/0") else source
         return [SourceFile(name, name, split, args.format or "auto", pipe=True)], ""
     if path.is_file():
         return [named_file(path, path.name, split, args)], ""
     if path.is_dir():
-        if saved := saved_by_datasets(path, split, args):
-            return below_common_folder(saved, split, args), ""
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return saved_by_datasets(path, split, args), ""
         if args.name or hub_split(split, args) or has_configs(path / "README.md"):
             return hub_files(str(path), split, args, None), ""
         return folder_files(path, split, args, left_out), ""
@@ -156,10 +170,10 @@ def named_file(path: str | Path, name: str, split: str, args) -> SourceFile:
     kind = args.format or kind
     if not kind:
         raise ValueError(f"{path}: not one of {KNOWN}; add --format jsonl, text, csv or parquet")
-    if kind in ("parquet", "arrow") and compression:
-        raise ValueError(f"{path}: unpack it first; {kind} is compressed inside")
+    if kind == "parquet" and compression:
+        raise ValueError(f"{path}: unpack it first; Parquet is compressed inside")
     file = sign(SourceFile(str(path), name, split, kind, compression))
-    if kind in ("jsonl", "csv", "text") and "://" not in file.path:
+    if kind != "parquet" and "://" not in file.path:
         with open(path, "rb") as raw:
             look_inside(file, raw, args)
     return file
@@ -203,19 +217,33 @@ def folder_files(folder: Path, split: str, args, left_out: dict) -> list[SourceF
     return [named_file(p, p.relative_to(folder).as_posix(), split, args) for p in paths]
 
 
-def saved_by_datasets(folder: Path, split: str, args) -> list[Path]:
-    """The Arrow files of a folder that save_to_disk of `datasets` wrote; [] if it is none."""
-    if (folder / "dataset_dict.json").is_file():
-        wanted, there = hub_split(split, args) or "train", []
-        with open(folder / "dataset_dict.json") as f:
-            there = json.load(f)["splits"]
-        if wanted not in there:
-            raise ValueError(f"--split {wanted}: {folder} has {', '.join(there)}")
-        folder = folder / wanted
-    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
-        return []
-    with open(folder / "state.json") as f:
-        return [folder / entry["filename"] for entry in json.load(f)["_data_files"]]
+def saved_by_datasets(folder: Path, split: str, args) -> list[SourceFile]:
+    """A folder that save_to_disk of `datasets` wrote."""
+    import datasets
+
+    data, wanted = datasets.load_from_disk(str(folder)), ""
+    if isinstance(data, dict):
+        wanted = hub_split(split, args) or "train"
+        if wanted not in data:
+            raise ValueError(f"--split {wanted}: {folder} has {', '.join(data)}")
+        data = data[wanted]
+    if args.text_key not in data.column_names:
+        raise ValueError(missing_key(folder, args.text_key, data.column_names))
+    file = SourceFile(str(folder), wanted or folder.name, split, "datasets")
+    file.load = {"saved": True, "split": wanted}
+    file.size = data.data.nbytes
+    file.sha256 = signature(f["filename"] for f in data.cache_files)
+    return [file]
+
+
+def signature(paths) -> str:
+    """One for several files."""
+    signed = [sign(SourceFile(path, path, "", "")).identity()[3:] for path in paths]
+    return hashlib.sha256(repr(signed).encode()).hexdigest()
+
+
+def missing_key(path, key: str, keys) -> str:
+    return f"--text_key {key}: {path} has no such column; it has {', '.join(map(str, keys))}"
 
 
 def below_common_folder(paths: list, split: str, args) -> list[SourceFile]:
@@ -264,7 +292,7 @@ BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-ZSTD_WINDOW = 1 << 27  # bytes: what every decoder of zstd takes; larger ones need its own program
+TOO_LONG = "too much memory"  # says pyarrow where zstd's window is longer than 128 MiB
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what unpacking raises
 
 
@@ -278,15 +306,19 @@ def look_inside(file: SourceFile, raw, args) -> None:
     packed = [name for magic, name in MAGIC.items() if head.startswith(magic)]
     if packed or is_text(head):  # whatever the name says
         file.compression = packed[0] if packed else ""
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file.path} only points to a file of Git LFS: run git lfs pull")
     if head.startswith(b"PAR1") and file.kind != "parquet":
         raise ValueError(f"{file.path} is Parquet: give the file itself, with --format parquet")
-    if file.compression == "zst" and zstd_window(head) > ZSTD_WINDOW:
-        file.compression = "zst-long"
-        if file.pipe or not shutil.which("zstd"):
-            raise ValueError(long_window(file.path))
     if file.compression:
         raw.seek(0)
-        head = first_bytes(raw, file.compression)
+        head, problem = first_bytes(raw, file.compression)
+        if TOO_LONG in problem:
+            if file.pipe or not shutil.which("zstd"):
+                raise ValueError(long_window(file.path))
+            file.compression = "zst-long"
+            with open(file.path, "rb") as again:  # the other was closed
+                head, _ = first_bytes(again, file.compression)
     file.encoding = args.encoding or ""
     for mark, encoding in BOMS.items():
         if head.startswith(mark):
@@ -334,17 +366,6 @@ def read_json(text: str) -> tuple[bool, int]:
         return False, 0
 
 
-def zstd_window(head: bytes) -> int:
-    """The window in bytes that the first frame of zstd data asks for (RFC 8878, 3.1.1.1)."""
-    if len(head) < 14 or not head.startswith(b"\x28\xb5\x2f\xfd"):
-        return 0
-    descriptor, rest = head[4], head[5:]
-    if not descriptor & 0x20:
-        return (1 << 10 + (rest[0] >> 3)) // 8 * (8 + (rest[0] & 7))
-    rest = rest[(0, 1, 2, 4)[descriptor & 3] :]  # behind the dictionary's id: the content's size
-    return int.from_bytes(rest[: (1, 2, 4, 8)[descriptor >> 6]], "little")
-
-
 def long_window(path: str) -> str:
     return (
         f"{path} was packed with a window of more than 128 MiB (zstd --long), which pyarrow does "
@@ -379,16 +400,16 @@ def read_program(process: subprocess.Popen, n: int) -> bytes:
     return data
 
 
-def first_bytes(raw, compression: str) -> bytes:
-    """The first HEAD bytes of what is packed in a file, or as many as are whole."""
+def first_bytes(raw, compression: str) -> tuple[bytes, str]:
+    """The first HEAD bytes of what is packed in a file, or as many as are whole; the problem."""
     found = b""
     try:
         read = unpacker(raw, compression)
         while len(found) < HEAD and (chunk := read(512)):
             found += chunk
-    except DAMAGE:
-        pass  # which is told when the file is read
-    return found
+    except DAMAGE as e:
+        return found, str(e)  # also told when the file is read
+    return found, ""
 
 
 # --- The hub --------------------------------------------------------------------------------------
@@ -452,8 +473,7 @@ def hub_files(source: str, split: str, args, commit: str | None) -> list[SourceF
     file.load = {"name": args.name, "split": wanted, "revision": commit}
     if commit is None:
         file.name = "the data set"
-        signed = [sign(SourceFile(p, p, split, "datasets")).identity()[3:] for p in paths]
-        file.sha256 = hashlib.sha256(repr(signed).encode()).hexdigest()
+        file.sha256 = signature(paths)
     return [file]
 
 

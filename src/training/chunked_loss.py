@@ -39,7 +39,7 @@ def next_token_losses(x_NC, w_VC, y_N) -> torch.Tensor:
     losses = []
     for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
         logits = x @ w.T
-        step = _rows_at_a_time(logits)
+        step = CACHE_ROWS if x.device.type == "cpu" else rows
         losses += [
             F.cross_entropy(some[:, :VOCAB_SIZE].float(), targets, reduction="none")
             for some, targets in zip(logits.split(step), y.split(step), strict=True)
@@ -58,13 +58,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=w.device)
         for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
             logits = x @ w.T
-            step = _rows_at_a_time(logits)
-            for some, targets in zip(logits.split(step), y.split(step), strict=True):
-                # Padding is no class: its logits stay 0 and meet rows of zeros in the next product.
-                loss += _gradient_in_place(some[:, :VOCAB_SIZE], targets)
+            if torch.compiler.is_compiling():
+                logits, sum_of_losses = _gradient_that_fuses(logits, x, w, y)
+                loss += sum_of_losses
+            else:
+                step = CACHE_ROWS if x.device.type == "cpu" else rows
+                for some, targets in zip(logits.split(step), y.split(step), strict=True):
+                    # Padding is no class: its logits stay 0 and meet rows of zeros in the products.
+                    loss += _gradient_in_place(some[:, :VOCAB_SIZE], targets)
             grad_x.append(logits @ w)
-            product = logits.T @ x
-            grad_w = product.float() if grad_w is None else grad_w.add_(product)
+            if grad_w is None:
+                grad_w = (logits.T @ x).float()
+            else:
+                _add_product(grad_w, logits, x)
         ctx.save_for_backward(torch.cat(grad_x), grad_w)
         ctx.num_tokens = len(y_N)
         return loss / ctx.num_tokens
@@ -89,10 +95,27 @@ def _gradient_in_place(logits, y) -> torch.Tensor:
     return (logsumexp - target).sum()
 
 
-def _rows_at_a_time(logits) -> int:
-    """In eager mode a CPU works inside its caches; a GPU, and a compiler, take the whole chunk."""
-    in_cache = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    return CACHE_ROWS if in_cache else len(logits)
+def _gradient_that_fuses(logits, x, w, y) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a compiler makes one pass to sum and one to write of: softmax - onehot in the precision
+    of the logits, and the sum of their cross-entropy.
+
+    Nothing of the logits' size is in float32: no scatter, and the target's logit is a product of
+    its own, since a compiler that reads it from the logits keeps those of every chunk.
+    """
+    classes = torch.arange(PADDED_VOCAB, device=y.device)
+    scores = torch.where(classes < VOCAB_SIZE, logits.float(), -1e30)
+    largest = scores.amax(1, keepdim=True)
+    logsumexp = largest + (scores - largest).exp().sum(1, keepdim=True).log()
+    gradient = (scores - logsumexp).exp() - (classes == y[:, None]).float()
+    target = (x.float() * w[y].float()).sum(1)
+    return gradient.to(logits.dtype), (logsumexp[:, 0] - target).sum()
+
+
+@torch.library.custom_op("gpt2::add_product", mutates_args={"total_VC"})
+def _add_product(total_VC: torch.Tensor, a_NV: torch.Tensor, b_NC: torch.Tensor) -> None:
+    """total += a.T @ b. A compiler cannot look inside: it would keep the products of all chunks for
+    the backward pass and add them there."""
+    total_VC.add_(a_NV.T @ b_NC)
 
 
 def _in_product_dtype(x):

@@ -4,15 +4,44 @@ import torch
 
 from training.chunked_loss import PADDED_VOCAB, chunk_rows
 
+# Kept for the backward pass, in bytes per token, layer and channel. Measured on the shapes of gpt2
+# to gpt2-xl; what a compiler keeps is the same but for a few percent (LAB_NOTES.md, 2026-11-25).
+KEPT, KEPT_FLOAT32 = 37, 65
 
-def training_bytes(model, dtype: torch.dtype, sequences: int) -> int:
-    """Estimate of what a process needs: weights, gradients, two moments, activations, loss."""
-    # Kept for the backward pass, in bytes per token, layer and channel, as measured on GPT-2 124M.
-    width = 50 if dtype != torch.float32 else 80
-    tokens = sequences * model.seq_len
-    activations = tokens * model.n_layer * model.n_embd * width
-    weight = model.lm_head.weight
-    logits = min(chunk_rows(weight.device), tokens) * PADDED_VOCAB * dtype.itemsize
-    in_float = 2 * PADDED_VOCAB * (4096 if weight.is_cuda else 32) * 4
-    loss = logits + in_float + 2 * PADDED_VOCAB * model.n_embd * 4
-    return 16 * model.num_params() + activations + loss
+
+def state_bytes(model, optimizer: str) -> int:
+    """Return the bytes of weights and moments: two moments, but one for matrices in Muon's care."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
+    one_moment = sum(p.numel() for p in matrices) if optimizer == "muon" else 0
+    return 12 * model.num_params() - 4 * one_moment
+
+
+def training_bytes(
+    model, dtype: torch.dtype, sequences: int, device: torch.device | None = None,
+    accumulating: bool = True, processes: int = 1, optimizer: str = "adamw",
+) -> int:  # fmt: skip
+    """Return an estimate of a training step's peak, the same for a model on the meta device.
+
+    device: where training runs, the model's without it. accumulating: the gradients of earlier
+    micro-batches are there in the forward pass.
+    """
+    params, low = model.num_params(), dtype != torch.float32
+    tokens, rows = sequences * model.seq_len, chunk_rows(device or model.lm_head.weight.device)
+    activations = tokens * model.n_layer * model.n_embd * (KEPT if low else KEPT_FLOAT32)
+    # A chunk of logits, and twice in float32; the output matrix, and its gradient so far.
+    loss = min(rows, tokens) * PADDED_VOCAB * (8 + (dtype.itemsize if low else 0))
+    loss += PADDED_VOCAB * model.n_embd * (dtype.itemsize + (4 if tokens > rows else 0))
+    state = state_bytes(model, optimizer) + (4 * params if processes > 1 else 0)  # DDP's buckets
+    copies = (2 if low else 0) + (4 if accumulating else 0)  # weights in `dtype`, gradients
+    # The update has gradients, and now and then another copy of the weights (Update_Ratio).
+    return state + max(copies * params + activations + loss, 8 * params)
+
+
+def of_run(run) -> int:
+    """Return the estimate for a process of this train_improved.Run."""
+    cfg, dist = run.cfg, run.dist
+    accumulating = cfg.total_batch_size > cfg.seq_len * cfg.micro_batch_size * dist.world_size
+    return training_bytes(
+        run.model, run.dtype, cfg.micro_batch_size, dist.device, accumulating, dist.world_size,
+        cfg.optimizer,
+    )  # fmt: skip
