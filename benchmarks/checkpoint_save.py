@@ -24,9 +24,8 @@ from pathlib import Path
 
 import torch
 
-from checkpointing import background, files, run_folders
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from checkpointing import background, files, run_folders
 
 
 def gpt2_state(device: str, n_layer: int = 12, C: int = 768, T: int = 1024, V: int = 50257) -> dict:
@@ -95,7 +94,7 @@ def main() -> None:
             began = time.perf_counter()
             wait.append(saver.save(path, state, {"step": i}))
             busy_speed = training_steps(args.device, saver.busy)
-            assert saver.wait(), saver.failures()
+            assert saver.wait(), saver.failure
             behind.append(time.perf_counter() - began)
             slowdown.append(1 - busy_speed / free_speed)
             size = path.stat().st_size

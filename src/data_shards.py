@@ -6,14 +6,15 @@
 The files themselves: tokens/shards.py.
 """
 
-import argparse
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from basics import terminal
 from tokens.shards import DTYPE, MANIFEST, Shard, list_shards, open_shard, verify
 from tokens.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
@@ -149,29 +150,26 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 nothing wrong, 1 problems found, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Parser(
         description="Say what is in a folder of token shards, and what is wrong with it."
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of shards")
+    parser.add_argument("folder", metavar="DIR", type=os.path.expanduser, help="folder of shards")
     parser.add_argument(
         "--verify",
         action="store_true",
         help="read every shard in full: SHA-256 against the manifest, and every token id",
     )
     args = parser.parse_args(argv)
+    args.folder = Path(args.folder)
     if not args.folder.is_dir():
         what = "is not a folder" if args.folder.exists() else "does not exist"
-        print(f"error: {args.folder} {what}: give a folder of shards", file=sys.stderr)
-        return 2
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
-    try:
-        problems = look(args.folder)
-        if args.verify and not problems:
-            problems += _verify_aloud(args.folder)
-    except KeyboardInterrupt:
-        return 130
+        raise ValueError(f"{args.folder} {what}: give a folder of shards")
+    problems = look(args.folder)
+    if args.verify and not problems:
+        problems += _verify_aloud(args.folder)
     for problem in problems:
         print(f"PROBLEM {problem}")
     if not problems:

@@ -14,7 +14,6 @@ if this program wrote it and nothing in it was changed or added since.
 Sections: model, tokenizer, model card, the folder, the command.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -25,6 +24,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from basics import durable, terminal, words
 from checkpointing import files as checkpoint_files
 from checkpointing import pretrained
 from tokens import tokenizer
@@ -70,7 +70,7 @@ def generation_config(shape: dict) -> dict:
 
 
 def write_weights(path: Path, shape: dict, weights: dict) -> None:
-    """model.safetensors; lm_head.weight is the embedding and not written twice."""
+    """Write model.safetensors; lm_head.weight is the embedding and not written twice."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -82,6 +82,10 @@ def write_weights(path: Path, shape: dict, weights: dict) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as e:  # also for a full disk
         raise OSError(str(e)) from None
+    os.umask(umask := os.umask(0))
+    os.chmod(path, 0o666 & ~umask)  # safetensors writes for the owner alone
+    with open(path, "rb") as file:
+        durable.flush_file(file.fileno())
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------
@@ -144,17 +148,19 @@ def _json(value: dict) -> bytes:
 def run_facts(checkpoint: dict) -> dict[str, str]:
     """What a checkpoint knows of its run, as a table of the model card."""
     config, state, data = checkpoint["config"], checkpoint["state"], checkpoint["data"]
-    seen = checkpoint["step"] * config["total_batch_size"]
-    made_on = checkpoint["machine"]
+    seen = state.get("tokens", checkpoint["step"] * config["total_batch_size"])  # kept since 2026
+    made_on, epochs = checkpoint["machine"], state["position"] * config["seq_len"] / data["tokens"]
     facts = {
         "steps": f"{checkpoint['step']:,} of {config['max_steps']:,}",
-        "tokens seen": f"{seen:,} ({seen / data['tokens']:.2f} epochs)",
+        "tokens seen": f"{seen:,} ({epochs:.2f} epochs of the training data)",
         "training data": f"{config['data_dir']}: {data['tokens']:,} tokens, fingerprint "
         f"{data['fingerprint']}",
         "first weights": config.get("init_from") or "random, as GPT-2's",
-        "training time": f"{state['train_seconds'] / 3600:.2f} hours on {made_on['world_size']} x "
+        "training time": f"{words.duration(state['train_seconds'])} on {made_on['world_size']} x "
         f"{made_on['device_type']}, {config['dtype']}",
     }
+    if state.get("changes"):
+        facts["changed on the way"] = "; ".join(state["changes"])
     if math.isfinite(state["validation_loss"]):
         loss = state["validation_loss"]
         facts["validation loss"] = (
@@ -173,28 +179,19 @@ def hyperparameters(config: dict) -> dict[str, str]:
     """The part of the configuration that the weights depend on."""
     from train_improved import Config
 
-    table, group = {}, None
-    for field in dataclasses.fields(Config):
-        group = field.metadata["group"] or group
-        value, resume = config.get(field.name), field.metadata["resume"]
-        if group not in ("evaluation", "output") and resume != "machine" and value is not None:
-            table[field.name] = f"{value:g}" if isinstance(value, float) else str(value)
-    return table
+    learned = [f.name for f in dataclasses.fields(Config) if f.metadata["learned"]]
+    values = {name: config[name] for name in learned if config.get(name) is not None}
+    return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in values.items()}
 
 
 def command(checkpoint: dict) -> str:
     """What starts such a run: its flags as they were given."""
+    from runtime import flags
     from train_improved import Config
 
-    words = ["python src/train_improved.py"]
-    for field in dataclasses.fields(Config):
-        value = checkpoint["config"].get(field.name)
-        if field.name in checkpoint["asked"] and field.metadata["resume"] != "machine":
-            if isinstance(value, bool):
-                words.append(f"--{field.name}" if value else f"--no-{field.name}")
-            else:
-                words.append(f"--{field.name} {shlex.quote(str(value))}")
-    return " ".join(words)
+    kept = [f.name for f in dataclasses.fields(Config) if f.metadata["resume"] != flags.COMMAND]
+    given = {n: checkpoint["config"].get(n) for n in kept if n in checkpoint["asked"]}
+    return shlex.join(["python", "src/train_improved.py", *flags.words(given, Config)])
 
 
 def model_card(checkpoint: dict, shape: dict, name: str, out: Path) -> str:
@@ -246,17 +243,19 @@ print(out[0]["generated_text"])
 MANIFEST = "export.json"
 
 
-def check_replaceable(out: Path) -> None:
-    """ValueError unless `out` is not there, is empty, or is an export exactly as it was written."""
+def check_replaceable(out: Path) -> dict | None:
+    """Return what export.json says of an export that is there, exactly as it was written; None if
+    nothing is there or an empty folder; ValueError for everything else."""
     if not out.exists() and not out.is_symlink():
-        return
+        return None
     if not out.is_dir() or out.is_symlink():
         raise ValueError(f"{out} is there and is no folder: choose another name")
     there = {str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()}
     if not there:
-        return
+        return None
     try:
-        written = dict(json.loads((out / MANIFEST).read_bytes())["files"])
+        record = json.loads((out / MANIFEST).read_bytes())
+        written = dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{out} is there and was not written by this program: choose another name"
@@ -267,6 +266,7 @@ def check_replaceable(out: Path) -> None:
                 f"{out} is an export, but {name} was changed or added since: choose another name, "
                 "or remove that folder"
             )
+    return record
 
 
 def _sha256(path: Path) -> str:
@@ -274,16 +274,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def export(path: Path, out: Path) -> dict[str, int]:
-    """Write the checkpoint in `path` as the folder `out` -> {file: bytes}.
+def export(path: Path, out: Path) -> tuple[dict[str, int], dict | None]:
+    """Write the checkpoint in `path` as the folder `out` -> ({file: bytes}, what it replaced).
 
     Beside `out`, as .OUT.partial, until it is complete and flushed to the disk. ValueError: not a
     checkpoint, `out` must not be replaced, or it cannot be written (disk full ...).
@@ -296,7 +288,7 @@ def export(path: Path, out: Path) -> dict[str, int]:
     try:
         if old.exists() and not out.exists():  # killed between the two renames below
             old.rename(out)
-        check_replaceable(out)
+        replaced = check_replaceable(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in (partial, old):
             shutil.rmtree(stale, ignore_errors=True)
@@ -308,25 +300,21 @@ def export(path: Path, out: Path) -> dict[str, int]:
             **tokenizer_files(shape["seq_len"]),
         }
         for file, content in contents.items():
-            (partial / file).write_bytes(content)
+            durable.write(partial / file, content)
         write_weights(partial / "model.safetensors", shape, weights)
-        files = sorted(partial.iterdir())
         record = {
             "format": 1,
             "checkpoint": str(path),
             "run_name": name,
             "step": checkpoint["step"],
-            "files": {p.name: _sha256(p) for p in files},
+            "files": {p.name: _sha256(p) for p in sorted(partial.iterdir())},
         }
-        (partial / MANIFEST).write_bytes(_json(record))
-        files.append(partial / MANIFEST)
-        sizes = {p.name: p.stat().st_size for p in files}
-        for file in (*files, partial):
-            _flush(file)
+        durable.write(partial / MANIFEST, _json(record))
+        sizes = {name: (partial / name).stat().st_size for name in (*record["files"], MANIFEST)}
         if out.exists():
             out.rename(old)
         partial.rename(out)
-        _flush(out.parent)
+        durable.flush_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise ValueError(f"cannot write {out}: {e.strerror or e}") from None
@@ -334,38 +322,33 @@ def export(path: Path, out: Path) -> dict[str, int]:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not out.exists():
             old.rename(out)
-    return sizes
+    return sizes, replaced
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nSections")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = terminal.Parser(description=(__doc__ or "").split("\n\nSections")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, run's folder, or latest")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     args = parser.parse_args(argv)
-    try:
-        if not args.out.name:
-            raise ValueError(f"{args.out}: name a folder that can be made")
-        path, skipped = pretrained.find_here(args.checkpoint)
-        for damaged, reason in skipped:
-            print(f"skipped {damaged}: {reason}", file=sys.stderr)
-        if path.is_dir():
-            raise ValueError(f"{path} is a Hugging Face folder already")
-        sizes = export(path, args.out)
-    except ValueError as e:
-        print(f"export.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if not args.out.name:
+        raise ValueError(f"OUT {args.out}: name a folder that can be made")
+    path, skipped = pretrained.find_here(args.checkpoint)
+    for damaged, reason in skipped:
+        print(f"skipped {damaged}: {reason}", file=sys.stderr)
+    if pretrained.is_hugging_face(path):
+        raise ValueError(f"CHECKPOINT {path}: is a Hugging Face folder already")
+    sizes, replaced = export(path, args.out.expanduser())
     print(f"{path} as a Hugging Face folder:")
     for name, size in sizes.items():
         print(f"{size:>15,} bytes  {args.out / name}")
     print(f"{sum(sizes.values()):>15,} bytes  in all; how to use it: {args.out / 'README.md'}")
+    if replaced is not None:
+        was = f"run {replaced.get('run_name')}, step {replaced.get('step')}"
+        print(f"this replaced the export that was there: of {was}")
     return 0
 
 

@@ -9,7 +9,6 @@ Zellers et al. 2019, https://github.com/rowanz/hellaswag. How items are read and
 conventions in use: training/scoring.py.
 """
 
-import argparse
 import contextlib
 import hashlib
 import http.client
@@ -23,11 +22,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from basics import durable, terminal, words
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_improved.py, before torch
-
-import torch
-
-from training.scoring import Result, accuracy, load_items, score
 
 DEFAULT_FILE = "data/hellaswag/hellaswag_val.jsonl"
 
@@ -38,6 +35,7 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 NUM_ITEMS = 10_042
 ATTEMPTS = 3
 TIMEOUT = 60  # seconds without a byte
+CUT_OFF = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 def download(path, url: str = URL, say: Callable[[str], object] = print) -> None:
@@ -46,64 +44,59 @@ def download(path, url: str = URL, say: Callable[[str], object] = print) -> None
     A transfer that is cut begins again from the start (it is 12 MB). ValueError: no connection, not
     the expected content, no place to write, or `path` is there and is something else.
     """
+    from training.scoring import load_items
+
     path = Path(path)
     if path.exists():
         say(f"{path} is already there: {len(load_items(path)):,} items")
         return
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, ATTEMPTS + 1):
+        durable.make_folder(path.absolute().parent)
+        with durable.replacing(path) as file:
+            _fetch(url, file, say)
+            digest = hashlib.sha256(Path(file.name).read_bytes()).hexdigest()
+            if url == URL and digest != SHA256:
+                raise ValueError(f"{url} is not the known file: SHA-256 {digest}, not {SHA256}")
             try:
-                _fetch(url, part, say)
-                break
-            except (
-                urllib.error.URLError,
-                http.client.HTTPException,
-                ConnectionError,
-                TimeoutError,
-            ) as e:
-                if attempt == ATTEMPTS or isinstance(e, urllib.error.HTTPError):
-                    raise ValueError(
-                        f"cannot download {url}: {e}; try again, or fetch it by other means and "
-                        "give it with --file"
-                    ) from None
-                say(f"  {e}: beginning again, attempt {attempt + 1} of {ATTEMPTS}")
-        digest = hashlib.sha256(part.read_bytes()).hexdigest()
-        if url == URL and digest != SHA256:
-            raise ValueError(f"{url} is not the known file: SHA-256 {digest} instead of {SHA256}")
-        try:
-            items = load_items(part)
-        except ValueError as e:
-            raise ValueError(f"{url} is not a HellaSwag file: {e}") from None
-        os.replace(part, path)
+                items = load_items(file.name)
+            except ValueError as e:
+                raise ValueError(f"{url} is not a HellaSwag file: {e}") from None
     except OSError as e:
-        raise ValueError(f"cannot write {path}: {e}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        raise ValueError(f"cannot write {path}: {e.strerror or e}") from None
     say(f"{path}: {len(items):,} items")
 
 
-def _fetch(url: str, part: Path, say: Callable[[str], object]) -> None:
-    """One transfer into `part`, flushed to the disk; ConnectionError if it ends too early."""
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(part, "wb") as file:
-        announced = response.headers["Content-Length"]
-        size = f"{int(announced) / 1e6:.1f} MB" if announced else "of unknown size"
-        say(f"downloading {url} ({size})")
-        while chunk := response.read(1 << 20):
-            file.write(chunk)
-        if announced and file.tell() != int(announced):
+def _fetch(url: str, file, say: Callable[[str], object]) -> None:
+    """Write what `url` gives into an empty file; ValueError after some attempts."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+                announced = int(response.headers["Content-Length"] or 0)
+                say(f"downloading {url} ({words.size(announced) if announced else 'size unknown'})")
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                file.flush()
+            if not announced or file.tell() == announced:
+                return
             raise ConnectionError(f"the transfer ended after {file.tell():,} of {announced} bytes")
-        file.flush()
-        os.fsync(file.fileno())
+        except CUT_OFF as e:
+            if attempt == ATTEMPTS or isinstance(e, urllib.error.HTTPError):
+                raise ValueError(
+                    f"cannot download {url}: {e}; try again, or fetch it by other means and give "
+                    "it with --file"
+                ) from None
+            say(f"  {e}: beginning again, attempt {attempt + 1} of {ATTEMPTS}")
+            file.seek(0)
+            file.truncate()
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
-def load_model(source: str, device: torch.device):
+def load_model(source: str, device):
     """(the GPT that `source` means, see pretrained.py, notes about it), for evaluation."""
+    import torch
+
     import train_improved
     from checkpointing import pretrained
 
@@ -122,29 +115,8 @@ MEASURES = (
 )
 
 
-@contextlib.contextmanager
-def _progress(total: int, name: str):
-    """Gives a function to call with items done: it draws a bar on a terminal, else rare lines."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=name, unit="item", leave=False) as bar:
-            yield bar.update
-        return
-    done, last = 0, time.monotonic()
-
-    def update(n: int) -> None:
-        nonlocal done, last
-        done += n
-        if time.monotonic() - last > 30:
-            last = time.monotonic()
-            print(f"  {name}: {done:,} of {total:,} items", file=sys.stderr, flush=True)
-
-    yield update
-
-
-def _write_results(path, results: dict[str, list[Result]]) -> None:
-    """JSON lines: ind, label, predicted, losses (the first convention's); the harness' choices."""
+def _write_results(path, results: dict) -> None:
+    """Write JSON lines: ind, label, predicted, losses (gpt2's, if scored), the harness' choices."""
     first = next(iter(results.values()))
     harness = results.get("harness")
     try:
@@ -156,17 +128,23 @@ def _write_results(path, results: dict[str, list[Result]]) -> None:
                     line["harness_acc_norm"] = harness[i].predicted_acc_norm
                 file.write(json.dumps(line) + "\n")
     except OSError as e:
-        raise ValueError(f"cannot write --out {path}: {e}") from None
+        raise ValueError(f"--out {path}: cannot be written ({e.strerror})") from None
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    from basics import durable
+def evaluate(args) -> None:
+    """Score a model and print the table; ValueError for what the user has to change."""
+    import torch
+    from tqdm import tqdm
+
     from runtime import machine
+    from training.scoring import accuracy, load_items, score
 
     device = machine.choose_device(args.device)
     wanted = ("gpt2", "harness") if args.convention == "both" else (args.convention,)
     if not Path(args.file).exists():
-        raise ValueError(f"{args.file} is not there: add --download to fetch it, or name another")
+        raise ValueError(
+            f"--file {args.file} is not there: add --download to fetch it, or name another"
+        )
     items = {name: load_items(args.file, name)[: args.limit] for name in wanted}
     if args.out:
         durable.check_writable(Path(args.out).parent)
@@ -180,9 +158,11 @@ def evaluate(args: argparse.Namespace) -> None:
         return torch.autocast(device.type, dtype)
 
     results, start = {}, time.monotonic()
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds: in a log file rarely
     for name in wanted:
-        with _progress(len(items[name]), name) as update:
-            results[name] = score(model, items[name], autocast=autocast, progress=update)
+        total = len(items[name])
+        with tqdm(total=total, desc=name, unit="item", leave=False, mininterval=every) as bar:
+            results[name] = score(model, items[name], autocast=autocast, progress=bar.update)
     seconds = time.monotonic() - start
     scored = results[wanted[0]]
     if not all(math.isfinite(loss) for rs in results.values() for r in rs for loss in r.losses):
@@ -211,9 +191,10 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"wrote {args.out}")
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     # fmt: off
-    parser = argparse.ArgumentParser(description="Score a checkpoint on HellaSwag.")
+    parser = terminal.Parser(description="Score a checkpoint on HellaSwag.")
     parser.add_argument("--checkpoint", metavar="SOURCE", help="a checkpoint, a run's folder, a Hugging Face folder, a hub id (gpt2), or latest [latest in checkpoints/]")  # noqa: E501
     parser.add_argument("--file", default=DEFAULT_FILE, help=f"validation items as JSON lines [{DEFAULT_FILE}]")  # noqa: E501
     parser.add_argument("--download", action="store_true", help="fetch the items to --file first; without --checkpoint, only that")  # noqa: E501
@@ -225,20 +206,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision of the matrix products [float32]")  # noqa: E501
     # fmt: on
     args = parser.parse_args(argv)
-    try:
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(f"--limit {args.limit}: give at least 1")
-        if args.download:
-            download(args.file, args.url)
-        if args.download and args.checkpoint is None:
-            print("score a checkpoint on them: python src/hellaswag.py --checkpoint latest")
-        else:
-            evaluate(args)
-    except ValueError as e:
-        print(f"hellaswag.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: give at least 1")
+    if args.download:
+        download(args.file, args.url)
+    if args.download and args.checkpoint is None:
+        print("score a checkpoint on them: python src/hellaswag.py --checkpoint latest")
+    else:
+        evaluate(args)
     return 0
 
 

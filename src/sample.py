@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from basics import terminal
 from checkpointing import run_folders
 from runtime.flags import check_ranges, flag, parse_flags
 from tokens.tokenizer import EOT, get_tokenizer
@@ -216,6 +217,7 @@ class Screen:
             sys.stdout.write("\n")
             self._begin()
         sys.stdout.flush()
+        terminal.check_output()
 
 
 def answer(model, prompt: str, options: Options, generator) -> None:
@@ -292,6 +294,7 @@ def write_file(model, prompts: list[tuple[int, str]], options: Options, generato
     """JSON lines for all prompts of a file, each batch as soon as it is complete."""
     from tqdm import tqdm
 
+    utf8 = out.encoding.lower().startswith("utf")
     size = max(1, options.batch_size // options.num_samples)
     start, all_texts = time.monotonic(), []
     with tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as bar:
@@ -307,16 +310,19 @@ def write_file(model, prompts: list[tuple[int, str]], options: Options, generato
                 number, prompt = batch[i // options.num_samples]
                 record = {"line": number, "prompt": prompt, "sample": i % options.num_samples}
                 record |= {"text": text.text, "tokens": text.tokens, "stop": text.stop}
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                out.write(json.dumps(record, ensure_ascii=not utf8) + "\n")
             out.flush()
+            terminal.check_output()
             all_texts += texts
             bar.update(len(batch))
     say(account(all_texts, time.monotonic() - start, model.seq_len))
 
 
 def run(options: Options) -> None:
-    """What the flags ask for; ValueError for what the user has to change."""
+    """Do what the flags ask for; ValueError for what the user has to change."""
     check_ranges(options)
+    if options.seed >= 1 << 64:
+        raise ValueError(f"--seed {options.seed}: is at most {(1 << 64) - 1}")
     if options.top_p > 1:
         raise ValueError(f"--top_p {options.top_p}: is a share, at most 1")
     if options.file is not None and options.prompt is not None:
@@ -346,21 +352,11 @@ def run(options: Options) -> None:
         converse(model, options, generator)
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 2 wrong input, 130 stopped by Ctrl-C."""
-    description = __doc__.rsplit("\n\n", 1)[0]
-    options = Options(**parse_flags(Options, description, sys.argv[1:] if argv is None else argv))
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to stop
-    try:
-        run(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(flush=True)
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    description = (__doc__ or "").rsplit("\n\n", 1)[0]
+    run(Options(**parse_flags(Options, description, sys.argv[1:] if argv is None else argv)))
     return 0
 
 

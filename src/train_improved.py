@@ -13,18 +13,18 @@ disk?), training (what acts on tensors?), tokens (how does text become batches?)
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from basics import terminal
-from runtime.flags import flag, parse_flags, to_toml
+from basics.inputs import about, wrong
+from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line, to_toml
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
 if __name__ == "__main__":
@@ -34,6 +34,7 @@ if __name__ == "__main__":
 # The fields of Config are the flags: one place for type, default, help and unit. None means
 # "decided for you": `resolve` decides, and the start-up summary and config.json say what.
 
+SHAPE = ("n_layer", "n_head", "n_embd", "seq_len")
 PRESETS = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "seq_len": 128},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "seq_len": 1024},
@@ -42,16 +43,18 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "seq_len": 1024},
 }
 # The reference run (GPT-3 paper, table 2.1, for the learning rates), and a run for a laptop.
-REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4, "val_tokens": 2_097_152}
+REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4}
+REFERENCE |= {"eval_freq": 250, "val_tokens": 2_097_152}
+TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 3e-3}
 TRAINING = {
-    "tiny": {"total_batch_size": 1024, "max_steps": 600, "max_lr": 3e-3, "val_tokens": 16_384},
+    "tiny": TINY | {"eval_freq": 50, "val_tokens": 16_384},
     "gpt2": REFERENCE,
     "gpt2-medium": REFERENCE | {"max_lr": 3e-4},
     "gpt2-large": REFERENCE | {"max_lr": 2.5e-4},
     "gpt2-xl": REFERENCE | {"max_lr": 2e-4},
 }
 # The sample corpus is a first look: enough steps of the larger models to see the loss fall.
-SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "val_tokens": 65_536}
+SAMPLE_RUN = {"total_batch_size": 16_384, "max_steps": 200, "eval_freq": 50, "val_tokens": 65_536}
 # Complete recipes: flags, the peak learning rate relative to the one above, and the share of the
 # length above. `fast` is the best found for the same final loss (LAB_NOTES.md); that 0.4 of the
 # tokens suffice for 124M on FineWeb-Edu is a prediction until someone has run it.
@@ -82,228 +85,200 @@ def under_recipe(values: dict, name: str) -> dict:
 class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
 
-    recipe: str = flag(
-        "reference",
-        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
-        group="model",
-        choices=tuple(RECIPES),
-        overrides=under_recipe,
-    )
-    model: str | None = flag(
-        None,
-        "size [gpt2 on a GPU, else tiny]",
-        choices=tuple(PRESETS),
-        overrides=("n_layer", "n_head", "n_embd", "seq_len"),
-    )
-    n_layer: int | None = flag(None, "blocks [of the model]", least=1)
-    n_head: int | None = flag(None, "attention heads per block [of the model]", least=1)
-    n_embd: int | None = flag(None, "width, in channels [of the model]", least=1)
-    seq_len: int | None = flag(None, "context length, in tokens [of the model]", least=1)
-    init_from: str | None = flag(
-        None,
-        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
-        "checkpoint, latest [random ones]",
-    )
-
-    data_dir: str | None = flag(
-        None,
+    # fmt: off
+    model: str | None = flag(None, "size [gpt2 on a GPU, else tiny]",
+        group="what most runs need", choices=tuple(PRESETS), overrides=SHAPE)
+    data_dir: str | None = flag(None,
         "folder of token shards, or a mixture, a:0.7 b:0.3 "
-        "[data/fineweb_edu_10B if prepared, else a small sample corpus]",
-        group="data",
-        several=True,
-    )
-    allow_data_change: bool = flag(
-        False, "resume although the data is not what the checkpoint saw", resume="machine"
-    )
-    verify_data: bool = flag(False, "check each shard's SHA-256 before step 0", resume="machine")
+        "[data/fineweb_edu_10B if prepared, else a small sample corpus]", several=True, path=True)
+    max_steps: int | None = flag(None,
+        "steps of the whole run; wins over --epochs [from it; tiny 600; else 200 on the sample]",
+        least=1, derived_from="model epochs total_batch_size data_dir")
+    run_name: str | None = flag(None, "of the run's folders [model and time]", resume=COMMAND)
+    use_tensorboard: bool = flag(False, "log to TensorBoard", resume=COMMAND)
+    resume: str | None = flag(None,
+        "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
+        path=True, resume=COMMAND)
 
-    total_batch_size: int | None = flag(
-        None,
+    recipe: str = flag("reference",
+        "reference, or fast: Muon for 0.4 of the length, a bet for gpt2; other flags win over it",
+        group="model", choices=tuple(RECIPES), overrides=under_recipe)
+    n_layer: int | None = flag(None, "blocks [of the model]", least=1, derived_from="model")
+    n_head: int | None = flag(None, "heads per block [of the model]", least=1, derived_from="model")
+    n_embd: int | None = flag(None, "width, channels [of the model]", least=1, derived_from="model")
+    seq_len: int | None = flag(None, "context length, in tokens [of the model]",
+        least=1, derived_from="model")
+    init_from: str | None = flag(None,
+        "begin with these weights: gpt2 ... gpt2-xl or another hub id, a Hugging Face folder, a "
+        "checkpoint, latest [random ones]", path=True)
+
+    allow_data_change: bool = flag(False, "resume although the data is not what the checkpoint saw",
+        group="data", resume=COMMAND)
+    verify_data: bool = flag(False, "check each shard's SHA-256 before step 0", resume=COMMAND)
+
+    total_batch_size: int | None = flag(None,
         "tokens per step, over all processes and micro-batches "
         "[524288; tiny 1024; else 16384 on the sample corpus]",
-        group="batch and length",
-        least=1,
-    )
-    micro_batch_size: int | None = flag(
-        None,
+        group="batch and length", least=1, derived_from="model data_dir")
+    micro_batch_size: int | None = flag(None,
         "sequences per forward pass and process [the largest that fits]",
-        resume="exact",
-        least=1,
-    )
-    epochs: float | None = flag(
-        None, "passes over the training data [5]", above=0, overrides=("max_steps",)
-    )
-    max_steps: int | None = flag(
-        None,
-        "steps of the whole run; wins over --epochs [from it; tiny 600; else 200 on the sample]",
-        least=1,
-    )
-    max_hours: float | None = flag(
-        None, "save and stop cleanly after this many hours [no limit]", resume="machine", above=0
-    )
+        least=1, derived_from="total_batch_size", resume=SAME_MACHINE, learned=False)
+    epochs: float | None = flag(None, "passes over the training data [5]",
+        above=0, derived_from="model", overrides=("max_steps",))
+    max_hours: float | None = flag(None, "save and stop cleanly after this many hours [no limit]",
+        above=0, resume=COMMAND)
     seed: int = flag(1337, "of initial weights, data order and samples")
 
-    optimizer: str = flag(
-        "adamw",
+    optimizer: str = flag("adamw",
         "adamw, or muon on the matrices inside the blocks and adamw on the rest",
-        group="optimizer",
-        choices=("adamw", "muon"),
-    )
-    max_lr: float | None = flag(
-        None, "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]", above=0
-    )
-    min_lr: float | None = flag(
-        None, "learning rate of the last step [cosine a tenth of max_lr, else 0]"
-    )
-    schedule: str = flag(
-        "cosine",
+        group="optimizer", choices=("adamw", "muon"))
+    max_lr: float | None = flag(None,
+        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+        above=0, derived_from="model")
+    min_lr: float | None = flag(None,
+        "learning rate of the last step [cosine a tenth of max_lr, else 0]",
+        derived_from="max_lr schedule")
+    schedule: str = flag("cosine",
         "after the warm-up: cosine to min_lr, linear to it, or wsd: stable, then linear to it",
-        choices=("cosine", "linear", "wsd"),
-    )
+        choices=("cosine", "linear", "wsd"))
     decay_share: float = flag(0.2, "share of the run in which wsd decays", above=0)
-    warmup_steps: int | None = flag(
-        None, "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]"
-    )
+    warmup_steps: int | None = flag(None,
+        "steps of linear warm-up [375M tokens, at most a tenth of the run, wsd 100 steps]",
+        derived_from="max_steps total_batch_size schedule")
     weight_decay: float = flag(0.1, "share of the matrices taken away at learning rate 1")
     momentum: float = flag(0.95, "decay of Muon's momentum")
     beta1: float = flag(0.9, "decay of AdamW's first moment")
     beta2: float = flag(0.95, "decay of AdamW's second moment")
     grad_clip: float = flag(1.0, "largest gradient norm applied; 0 = no clipping")
 
-    skip_spikes: bool = flag(
-        False, "skip updates whose loss is a far outlier, not only non-finite ones", group="guard"
-    )
-    spike_sigmas: float = flag(
-        6.0, "standard deviations above the last 128 losses that are far", above=0
-    )
+    skip_spikes: bool = flag(False,
+        "skip updates whose loss is a far outlier, not only non-finite ones", group="guard")
+    spike_sigmas: float = flag(6.0, "standard deviations above the last 128 losses that are far",
+        above=0)
     max_skips: int = flag(10, "skipped updates in a row before going back to a checkpoint", least=1)
     max_rollbacks: int = flag(3, "times to go back before giving up")
-    hang_timeout: float = flag(
-        900.0, "seconds without progress before a process gives up", resume="machine", above=0
-    )
+    hang_timeout: float = flag(900.0, "seconds without progress before a process gives up",
+        above=0, resume=COMMAND)
 
-    eval_freq: int = flag(250, "steps between evaluations; 0 = off", group="evaluation")
-    val_tokens: int | None = flag(
-        None, "validation tokens read each time [2097152; tiny 16384]", least=1
-    )
-    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq]")
-    hellaswag_file: str = flag(
-        "data/hellaswag/hellaswag_val.jsonl", "HellaSwag items as JSON lines"
-    )
-    sample_freq: int | None = flag(None, "steps between text samples [eval_freq]")
-    sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from")
-    sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]", least=1)
-    num_samples: int = flag(2, "samples each time", least=1)
+    eval_freq: int | None = flag(None,
+        "steps between evaluations; 0 = off [250; tiny and sample run 50]",
+        group="evaluation", derived_from="model data_dir", learned=False)
+    val_tokens: int | None = flag(None, "validation tokens read each time [2097152; tiny 16384]",
+        least=1, derived_from="model data_dir", learned=False)
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq, or 250]",
+        derived_from="eval_freq", learned=False)
+    hellaswag_file: str = flag("data/hellaswag/hellaswag_val.jsonl",
+        "HellaSwag items as JSON lines", path=True, learned=False)
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq, or 250]",
+        derived_from="eval_freq", learned=False)
+    sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from",
+        learned=False)
+    sample_tokens: int | None = flag(None, "longest sample, in tokens [64, or what fits]",
+        least=1, derived_from="sample_prompt seq_len", learned=False)
+    num_samples: int = flag(2, "samples each time", least=1, learned=False)
 
-    run_name: str | None = flag(
-        None, "of the run's folders [model and time]", group="output", resume="machine"
-    )
-    use_tensorboard: bool = flag(False, "log to TensorBoard", resume="machine")
-    tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME", resume="machine")
-    log_jsonl: bool = flag(
-        False, "log scalars to metrics.jsonl in that folder as JSON lines", resume="machine"
-    )
-    histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off")
-    checkpoint_dir: str = flag(
-        "checkpoints", "checkpoints go to this folder/RUN_NAME", resume="machine"
-    )
-    checkpoint_freq: int = flag(250, "steps between checkpoints; 0 = only at the end")
-    keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one", least=1)
-    keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off")
-    resume: str | None = flag(
-        None,
-        "latest, auto (fresh if there is none) or a checkpoint's path [a new run]",
-        resume="machine",
-    )
-    decay_from: str | None = flag(
-        None,
+    tensorboard_dir: str = flag("runs", "logs go to this folder/RUN_NAME",
+        group="output", path=True, resume=COMMAND)
+    log_jsonl: bool = flag(False, "log scalars to metrics.jsonl in that folder as JSON lines",
+        resume=COMMAND)
+    histogram_freq: int = flag(1000, "steps between weight and gradient histograms; 0 = off",
+        learned=False)
+    checkpoint_dir: str = flag("checkpoints", "checkpoints go to this folder/RUN_NAME",
+        path=True, resume=COMMAND)
+    checkpoint_freq: int = flag(250, "steps between checkpoints; 0 = only at the end",
+        learned=False)
+    keep_checkpoints: int = flag(3, "newest checkpoints kept, beside the best one",
+        least=1, learned=False)
+    keep_every: int = flag(0, "also keep every checkpoint at a multiple of this step; 0 = off",
+        learned=False)
+    decay_from: str | None = flag(None,
         "branch off a wsd run: decay at once from this checkpoint, as a new run [do not branch]",
-        resume="machine",
-        overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"),
-    )
+        path=True, resume=COMMAND,
+        overrides=("run_name", "recipe", "epochs", "max_steps", "warmup_steps", "decay_share"))
 
-    device: str | None = flag(
-        None, "cuda, cpu or mps [the best there is]", group="machine", resume="machine"
-    )
-    dtype: str = flag(
-        "auto",
-        "precision of products; auto is bfloat16 where the device has it",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        resume="exact",
-    )
-    compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume="machine")
-    profile: bool = flag(
-        False, "write a trace of steps 4 to 6 of this command to the log folder", resume="machine"
-    )
+    notify: str | None = flag(None,
+        "tell someone: addresses of Apprise (ntfy, mail, chat ...), $NAME from the environment, or "
+        "'cmd: ...' [nobody]", group="when nobody looks", several=True, resume=COMMAND)
+    notify_every: str = flag("24h", "time between digests with the numbers, as 24h",
+        resume=COMMAND)
+    heartbeat: str | None = flag(None,
+        "URL to fetch once a minute while steps are made; healthchecks.io, Uptime Kuma [none]",
+        resume=COMMAND)
 
-    config: str | None = flag(
-        None,
-        "TOML file of flags; the command line wins [none]",
-        group="before the run",
-        resume="machine",
-        in_file=False,
-    )
-    print_config: bool = flag(
-        False,
-        "print every flag as decided, for --config, and stop",
-        resume="machine",
-        in_file=False,
-    )
-    dry_run: bool = flag(False, "print the whole plan and stop", resume="machine", in_file=False)
-    doctor: bool = flag(
-        False,
-        "check machine and plan, measure speed, say what to fix, and stop",
-        resume="machine",
-        in_file=False,
-    )
+    device: str | None = flag(None, "cuda, cpu or mps [the best there is]",
+        group="machine", resume=COMMAND)
+    dtype: str = flag("auto", "precision of products; auto is bfloat16 where the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"), resume=SAME_MACHINE)
+    shard: bool = flag(False,
+        "each process keeps a share of weights, gradients and moments (FSDP2), not all of them",
+        resume=COMMAND)
+    activation_checkpointing: bool = flag(False,
+        "compute each block again in the backward pass: less memory, a third more work",
+        resume=COMMAND)
+    compile: bool | None = flag(None, "torch.compile the training pass [on CUDA]", resume=COMMAND)
+    profile: bool = flag(False, "write a trace of steps 4 to 6 of this command to the log folder",
+        resume=COMMAND)
+
+    config: str | None = flag(None, "TOML file of flags; the command line wins [none]",
+        group="before the run", path=True, resume=COMMAND, in_file=False)
+    print_config: bool = flag(False, "print every flag as decided, for --config, and stop",
+        resume=COMMAND, in_file=False)
+    dry_run: bool = flag(False, "print the whole plan and stop", resume=COMMAND, in_file=False)
+    doctor: bool = flag(False, "check machine and plan, measure speed, say what to fix, and stop",
+        resume=COMMAND, in_file=False)
+    # fmt: on
 
 
-def parse(*more: str) -> dict:
-    """The flags that were given, {name: value}; exit code 2 and a sentence for a wrong one."""
-    return parse_flags(Config, __doc__.rsplit("\n\n", 1)[0], [*sys.argv[1:], *more])
+def read_flags() -> CommandLine:
+    """Read the command line and its file, once; exit code 2 and a sentence for what is wrong."""
+    return read_command_line(Config, (__doc__ or "").rsplit("\n\n", 1)[0], sys.argv[1:])
 
 
-if __name__ == "__main__":
-    parse()  # PyTorch takes a second or more to load: --help and typing errors do not wait for it
+# PyTorch takes a second or more to load: --help and typing errors do not wait for it.
+COMMAND_LINE = read_flags() if __name__ == "__main__" else None
 
 # Threads that wait should sleep, not spin: with anything else running on the machine a CPU step is
 # 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
-import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from checkpointing import background, files, pretrained, run_folders
-from monitoring import health, summary
+from checkpointing import background, files, run_folders
+from monitoring import health, notify, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
-from runtime import launch, machine
-from runtime.planning import (
-    build_sample_corpus,
-    find_checkpoint,
-    merge_config,
-    plan_decay,
-    preflight,
-    validate,
-)
+from runtime import doctor, flags, launch, machine, planning
+from runtime.distributed import Distributed
+from runtime.in_flight import InFlight
+from runtime.passes import prepare_pass, take_less_memory
+from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
+from runtime.state import (
+    TrainState,
+    checkpoint_of,
+    make_moments,
+    read_checkpoint,
+    restore,
+    state_of,
+)
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
-from tokens.stream import WindowSource, open_source
+from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
-from training import muon, scoring
-from training.chunked_loss import chunked_cross_entropy, next_token_losses
-from training.generation import KVCache, generate
+from training import evaluation, muon, sharding
+from training.chunked_loss import chunked_cross_entropy
+from training.generation import KVCache
 from training.guard import Guard, GuardGaveUp, LossScale
+from training.schedule import last_stable_step, learning_rate
 
 # --- Configuration --------------------------------------------------------------------------------
 
 
 def resolve_model(cfg: Config, device: str) -> None:
-    """Fill in what follows from the model's size, the device and the data there is."""
+    """Decide what follows from the model's size, the device and the data there is."""
     cfg.model = cfg.model or ("gpt2" if device == "cuda" else "tiny")
     if cfg.data_dir is None:
         cfg.data_dir = FINEWEB_DIR if Path(FINEWEB_DIR, "manifest.json").exists() else SAMPLE_DIR
@@ -319,11 +294,12 @@ def resolve_model(cfg: Config, device: str) -> None:
         defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
     if "epochs" in defaults:
         defaults["epochs"] *= recipe["length"]
+    rarely = 250 if cfg.eval_freq is None else cfg.eval_freq  # for what takes longer than a loss
     for name, value in defaults.items():
         if getattr(cfg, name) is None and not (name == "max_steps" and cfg.epochs is not None):
             setattr(cfg, name, value)
-    cfg.hellaswag_freq = cfg.eval_freq if cfg.hellaswag_freq is None else cfg.hellaswag_freq
-    cfg.sample_freq = cfg.eval_freq if cfg.sample_freq is None else cfg.sample_freq
+    cfg.hellaswag_freq = rarely if cfg.hellaswag_freq is None else cfg.hellaswag_freq
+    cfg.sample_freq = rarely if cfg.sample_freq is None else cfg.sample_freq
     if cfg.min_lr is None:
         cfg.min_lr = 0.1 * cfg.max_lr if cfg.schedule == "cosine" else 0.0
     if cfg.sample_tokens is None:
@@ -331,31 +307,17 @@ def resolve_model(cfg: Config, device: str) -> None:
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
 
 
-def resolve_init(cfg: Config, given: dict, dist: "Distributed") -> dict:
-    """Of --init_from: take its shape, return its weights, {} on ranks other than 0."""
-    weights = {}
-
-    def read():
-        preset = PRESETS.get(given.get("model"), {})
-        shape, found = pretrained.for_training(cfg.init_from, given, preset, cfg.checkpoint_dir)
-        weights.update(found)
-        return shape
-
-    shape = dist.on_main(read)
-    vars(cfg).update(shape)
-    alike = [m for m, p in PRESETS.items() if p | {"seq_len": cfg.seq_len} == shape]
-    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
-    return weights
-
-
-def resolve_length(cfg: Config, train_tokens: int) -> None:
-    """Fill in what follows from the amount of data."""
+def resolve_length(cfg: Config, train_tokens: int, step: int = 0, seen: int = 0) -> None:
+    """Decide what follows from the amount of data, of which `seen` tokens are behind `step`."""
     if cfg.max_steps is None:
-        cfg.max_steps = int(cfg.epochs * (train_tokens // cfg.total_batch_size))
+        steps = cfg.epochs * (train_tokens // cfg.total_batch_size) - seen / cfg.total_batch_size
+        cfg.max_steps = step + int(min(max(steps, 0), flags.BELOW / 2))
         if cfg.max_steps == 0:
-            raise ValueError(
-                f"--epochs {cfg.epochs:g}: {train_tokens:,} training tokens are less than one step "
-                f"of --total_batch_size {cfg.total_batch_size}; use a smaller batch or more data"
+            raise wrong(
+                "epochs",
+                f"{cfg.epochs:g}",
+                f"{train_tokens:,} training tokens are less than one step of --total_batch_size "
+                f"{cfg.total_batch_size}; use a smaller batch or more data",
             )
     if cfg.warmup_steps is None:
         longest = cfg.max_steps // 10
@@ -430,6 +392,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(n_embd, VOCAB_SIZE, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.activation_checkpointing = False
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -460,7 +423,10 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=idx_BT.device)
         x = self.transformer.wte(idx_BT) + self.transformer.wpe(positions)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, cache, layer)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = recomputed(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -476,33 +442,6 @@ class GPT(nn.Module):
 
 
 # --- Optimizer ------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
-
-    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
-    the last --decay_share of the run.
-    """
-    if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
-        rise = min(1.0, step / max(1, cfg.warmup_steps))
-        fall = min(1.0, (cfg.max_steps - step) / (cfg.decay_share * cfg.max_steps))
-        return min(rise * cfg.max_lr, cfg.min_lr + fall * (cfg.max_lr - cfg.min_lr))
-    if step <= cfg.warmup_steps:
-        return cfg.max_lr * step / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    if cfg.schedule == "linear":
-        share = 1 - progress
-    else:
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
-
-
-def last_stable_step(cfg: Config) -> int | None:
-    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
-    if cfg.schedule != "wsd":
-        return None
-    return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
 
 
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
@@ -531,232 +470,10 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
-# --- Distributed ----------------------------------------------------------------------------------
-
-
-class Distributed:
-    """This process among the others, as torchrun's environment says; alone without it."""
-
-    def __init__(self, device: str | None, hang_timeout: float):
-        env = os.environ
-        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
-        self.is_main = self.rank == 0
-        self.device = machine.choose_device(device, self.local_rank, self.world_size)
-        self.store = None
-        if self.world_size > 1:
-            timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
-            self.store = self._shared_store(timeout)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(
-                backend,
-                store=self.store,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timeout,
-            )
-
-    def _shared_store(self, timeout: timedelta) -> torch.distributed.Store:
-        """torchrun's key-value store, with keys of this attempt only: after a restart gloo would
-        otherwise find the addresses of the processes that died, and wait for them."""
-        env = os.environ
-        hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        store = torch.distributed.TCPStore(
-            address, port, self.world_size, is_master=self.is_main and not hosted, timeout=timeout
-        )
-        attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all processes, in place."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def on_main(self, function):
-        """The plain value that `function` returns on rank 0, and what it finds wrong, on every
-        rank (as ValueError)."""
-        value = error = None
-        if self.is_main:
-            try:
-                value = function()
-            except (ValueError, OSError) as e:
-                error = str(e)
-        if self.world_size > 1:
-            box = [value, error]
-            torch.distributed.broadcast_object_list(box, src=0)
-            value, error = box
-        if error is not None:
-            raise ValueError(error)
-        return value
-
-    def leave(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.destroy_process_group()
-
-
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainState:
-    """All that a resume needs beside weights, optimizer and random numbers; plain values only."""
-
-    step: int = 0  # finished updates
-    position: int = 0  # windows of training data consumed
-    evaluated_step: int = -1  # last step whose evaluation is complete and logged
-    validation_loss: float = math.inf  # of the last evaluation
-    best_loss: float = math.inf
-    hellaswag: float = -1.0  # accuracy at the last evaluation, -1 = never scored
-    recent_losses: list = dataclasses.field(default_factory=list)  # the guard's window
-    consecutive_skips: int = 0
-    skipped_updates: int = 0
-    rollbacks: int = 0
-    train_seconds: float = 0.0  # in training steps, over all restarts
-    total_seconds: float = 0.0  # since the very first start, while a process was running
-    device_seconds: float = 0.0  # the same times the number of processes
-    watt_seconds: float = 0.0  # energy of the devices, where they report it
-    health_memory: dict = dataclasses.field(default_factory=health.new_memory)
-    health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
-
-
-def checkpoint_of(run: "Run") -> dict:
-    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True."""
-    rng = {"cpu": torch.get_rng_state()}
-    if run.dist.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "step": run.state.step,
-        "config": dataclasses.asdict(run.cfg),
-        "asked": sorted(run.asked),
-        "state": dataclasses.asdict(run.state),
-        "rng": rng,
-        "loss_scale": [run.loss_scale.scale, run.loss_scale.good_steps],
-        "data": {"fingerprint": run.train_data.fingerprint, "tokens": run.train_data.num_tokens},
-        "tokenizer": tokenizer.fingerprint(),
-        "machine": {"device_type": run.dist.device.type, "world_size": run.dist.world_size},
-        "run_name": run.cfg.run_name,
-    }
-
-
-def restore(run: "Run", checkpoint: dict) -> None:
-    """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
-    run.model.load_state_dict(checkpoint["model"])
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
-        group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
-    device = run.dist.device
-    run.loss_scale.scale, run.loss_scale.good_steps = (
-        t.to(device, copy=True) for t in checkpoint["loss_scale"]
-    )
-    # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
-    for moments in run.optimizer.state.values() if device.type == "cpu" else ():
-        moments |= {k: v.clone() for k, v in moments.items() if isinstance(v, torch.Tensor)}
-    torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
-    for name, value in checkpoint["state"].items():
-        if name.startswith("health_"):  # of another version, or forged: what is known counts
-            value = getattr(TrainState(), name) | value
-        setattr(run.state, name, value)
-
-
-CHECKPOINT_LAYOUT = {
-    **{"model": dict, "optimizer": dict, "step": int, "run_name": str, "tokenizer": str},
-    **{"config": Config, "asked": [str], "state": TrainState, "loss_scale": [torch.Tensor]},
-    "rng": {"cpu": torch.Tensor},
-    "data": {"fingerprint": str, "tokens": int},
-    "machine": {"device_type": str, "world_size": int},
-}
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
-    checkpoint = files.load(path)
-    files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT)
-    # Before a model of that size is built: the weights are what the configuration says.
-    weights, config = checkpoint["model"], checkpoint["config"]
-    shapes = [getattr(weights.get(f"transformer.{n}.weight"), "shape", ()) for n in ("wte", "wpe")]
-    layers = sum(str(name).endswith(".ln_1.weight") for name in weights)
-    there = [*shapes[0][1:], *shapes[1][:1], layers]
-    if there != [config.get(name) for name in ("n_embd", "seq_len", "n_layer")]:
-        raise ValueError(f"{path} is no checkpoint of this program: its weights have other shapes")
-    if checkpoint["tokenizer"] != tokenizer.fingerprint():
-        raise ValueError(
-            f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
-            f"{tokenizer.fingerprint()}: its token ids would mean other text"
-        )
-    return checkpoint
-
-
-# --- Evaluation -----------------------------------------------------------------------------------
-# All of it runs the plain model, never the compiled one, and draws from generators of its own:
-# training goes on with the same numbers whether or not it was evaluated.
-
-EVAL_TOKENS = 16_384  # in a forward pass without gradients
-Poll = Callable[[], None]  # called often: notices signals, may raise
-
-
-@contextlib.contextmanager
-def reading_data():
-    """Data that goes bad in mid-run: stop with the work saved, and name it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise StopRequested(2, str(error)) from None
-
-
-def validation_loss(run: "Run", poll: Poll) -> tuple[float, torch.Tensor]:
-    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order, and
-    the mean at each position of the context, (T,)."""
-    cfg, dist = run.cfg, run.dist
-    num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    mine = np.arange(dist.rank, num_windows, dist.world_size)
-    batch_size = max(1, EVAL_TOKENS // cfg.seq_len)
-    sums = []  # on the device: the host waits for them once, at the end
-    for start in range(0, len(mine), batch_size):
-        poll()
-        with reading_data():
-            windows = run.val_data.windows_in_order(mine[start : start + batch_size])
-        batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
-        with torch.inference_mode(), run.autocast():
-            x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
-            targets = batch[:, 1:].reshape(-1)
-            losses_N = next_token_losses(x_NC, run.model.lm_head.weight, targets)
-            sums.append(losses_N.view(-1, cfg.seq_len).sum(0))
-    total_T = torch.zeros(cfg.seq_len, dtype=torch.float64)
-    for sum_T in sums:
-        total_T += sum_T.cpu()
-    by_position = dist.sum(total_T) / num_windows
-    return float(by_position.mean()), by_position
-
-
-def hellaswag_accuracy(run: "Run", poll: Poll) -> float:
-    """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
-    mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
-    results = scoring.score(run.model, mine, autocast=run.autocast, poll=poll)
-    correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
-    correct, total = run.dist.sum(correct).tolist()
-    return correct / total
-
-
-def samples(run: "Run", poll: Poll) -> list[str]:
-    """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
-    cfg, enc = run.cfg, tokenizer.get_tokenizer()
-    generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
-    prompt = enc.encode_ordinary(cfg.sample_prompt)
-    with run.autocast():
-        rows = generate(
-            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=poll
-        )
-    return [cfg.sample_prompt + enc.decode(row) for row in rows]
-
-
 # --- Training -------------------------------------------------------------------------------------
+
+
+Poll = Callable[[], None]  # called often: notices signals, may raise
 
 
 @dataclass
@@ -764,7 +481,7 @@ class Run:
     """What the parts of a run share."""
 
     cfg: Config
-    asked: set[str]  # names of the flags that were given, now or when the run began
+    flags_ever_given: set[str]  # names: by this command, or by those before it
     dist: Distributed
     train_data: WindowSource
     val_data: WindowSource
@@ -775,6 +492,8 @@ class Run:
     loss_scale: LossScale | None = None
     state: TrainState = dataclasses.field(default_factory=TrainState)
     resumed_from: Path | None = None
+    changes: list = dataclasses.field(default_factory=list)  # of this resume, that change learning
+    restarted: bool = False  # by torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
@@ -786,16 +505,25 @@ class Run:
         return torch.autocast(self.dist.device.type, self.dtype)
 
 
+@contextlib.contextmanager
+def reading_data():
+    """Data that goes bad in mid-run: stop with the work saved, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
+
+
 def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
     by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss, by_position = validation_loss(run, poll)
+        state.validation_loss, by_position = evaluation.validation_loss(run, poll, reading_data)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
-        state.hellaswag = hellaswag_accuracy(run, poll)
+        state.hellaswag = evaluation.hellaswag_accuracy(run, poll)
     if due(cfg.sample_freq, state, cfg):
-        texts = samples(run, poll)
+        texts = evaluation.samples(run, poll)
     if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
         state.best_loss = state.validation_loss
     monitor.evaluation(run, by_position, texts, time.monotonic() - start)
@@ -826,21 +554,6 @@ def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> tor
     return forward_backward(run, train_model, batch, poll)
 
 
-def take_less_memory(run: Run, error: RuntimeError) -> None:
-    """Go on with a smaller micro-batch after an out-of-memory; raise any other error again."""
-    cfg, size = run.cfg, run.cfg.micro_batch_size
-    if not machine.is_out_of_memory(error) or size == 1:
-        raise error
-    sequences = cfg.total_batch_size // cfg.seq_len // run.dist.world_size
-    cfg.micro_batch_size = machine.smaller(size, sequences)
-    machine.remember_shortage(run.model, run.dist.device, run.dtype, cfg.micro_batch_size)
-    print(
-        f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
-        f"{cfg.micro_batch_size} from now on (same batch, same numbers)",
-        flush=True,
-    )
-
-
 def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
     """One forward and backward pass for each micro-batch."""
     micro_batches = batch.split(run.cfg.micro_batch_size)
@@ -848,34 +561,12 @@ def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) ->
     for i, micro in enumerate(micro_batches):
         poll()
         run.last_micro = i + 1 == len(micro_batches)
-        local = run.dist.world_size > 1 and not run.last_micro
-        with train_model.no_sync() if local else contextlib.nullcontext():
+        with sharding.synchronising(train_model, run.last_micro):
             with run.autocast():
                 loss = train_model(micro[:, :-1], micro[:, 1:]) / len(micro_batches)
             (loss * run.loss_scale.scale).backward()
         mean_loss += loss.detach()
     return run.dist.sum(mean_loss) / run.dist.world_size
-
-
-@dataclass
-class InFlight:
-    """A step's metrics on their way from the device, and what the host knew when it was queued."""
-
-    values: torch.Tensor  # loss, norm, whether it was bad; at a check also norms of the update
-    lr: float
-    limit: float  # of the loss, by the guard
-    first_window: int  # of the data order
-
-    def __post_init__(self):
-        self.arrived = None
-        if self.values.device.type != "cpu":
-            self.arrived = torch.Event(self.values.device)
-            self.values = self.values.to("cpu", non_blocking=True)
-            self.arrived.record()
-
-    def wait(self, poll: Poll) -> None:
-        if self.arrived is not None:
-            machine.wait_until(self.arrived, poll)
 
 
 class Training:
@@ -886,6 +577,7 @@ class Training:
         self.run, self.train_model, self.loader, self.saver = run, train_model, loader, saver
         self.monitor, self.supervisor = monitor, supervisor
         self.params = list(run.model.parameters())
+        self.sharded = sharding.is_sharded(run.model)
         self.guard = Guard(state, cfg.spike_sigmas, cfg.skip_spikes)
         self.clock = Clock(state, run.dist.world_size, monitor.energy)
         traces = Path(cfg.tensorboard_dir, cfg.run_name)
@@ -893,6 +585,7 @@ class Training:
         self.watch = StepWatch(traces if profiled else None, cfg.compile, monitor.say)
         self.in_flight: InFlight | None = None
         self.mid_update = False  # weights and moments may not belong together
+        self.all_here = not self.sharded  # what a checkpoint takes: all ranks, if they are sharded
         self.saved_at = (state.step, state.evaluated_step)
 
     def train(self) -> None:
@@ -904,7 +597,8 @@ class Training:
                 if evaluation_due(state, cfg):
                     self.read_last_metrics()
                     self.clock.count_as_overhead()
-                    evaluate(run, self.monitor, self.poll)
+                    with sharding.put_together(run.model):
+                        evaluate(run, self.monitor, self.poll_alone)
                     self.clock.count_as_overhead()
                 if checkpoint_due(state, cfg):
                     self.save()
@@ -916,7 +610,7 @@ class Training:
             stop = self.supervisor.stop_for(error)
             if not machine.answers(run.dist.device):  # NCCL waits for a process that has died
                 self.monitor.say("the device does not answer: nothing is saved but what was before")
-            elif not self.mid_update:
+            elif self.all_here and not self.mid_update:
                 self.save()
             raise stop from None
         finally:
@@ -927,7 +621,7 @@ class Training:
         reading of the step before, whose metrics are there by now."""
         run, cfg, state, optimizer = self.run, self.run.cfg, self.run.state, self.run.optimizer
         with reading_data():
-            batch = self.loader.next_batch(lambda: self.poll(waiting=True))
+            batch = self.loader.next_batch(lambda: self.poll_alone(waiting=True))
         loss = forward_backward(run, self.train_model, batch, self.poll)
         self.read_last_metrics(self.poll)  # while the device works
         if state.consecutive_skips >= cfg.max_skips:
@@ -939,8 +633,8 @@ class Training:
         # Clip, judge, update. `found_inf` makes the fused kernel leave weights and moments alone
         # where the verdict is bad: no host round-trip, the same on all ranks.
         grads = [p.grad for p in self.params]
-        run.loss_scale.unscale(grads)
-        norm = nn.utils.get_total_norm(grads)
+        run.loss_scale.unscale([sharding.local(grad) for grad in grads])
+        norm = sharding.whole(nn.utils.get_total_norm(grads))
         if cfg.grad_clip:
             nn.utils.clip_grads_with_norm_(self.params, cfg.grad_clip, norm)
         limit, lr = self.guard.limit(), learning_rate(state.step + 1, cfg)
@@ -948,7 +642,7 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.found_inf = bad.float()
-        check = run.dist.is_main and health.check_due(state.step + 1)
+        check = (run.dist.is_main or self.sharded) and health.check_due(state.step + 1)
         norms = health.UpdateNorms(run.model, optimizer) if check else None
         self.mid_update = True
         optimizer.step()
@@ -961,6 +655,7 @@ class Training:
             metrics.append(norms.measure())
         self.in_flight = InFlight(torch.cat(metrics), lr, limit, first_window=state.position)
         state.position = self.loader.position
+        state.tokens += cfg.total_batch_size
         if self.in_flight.arrived is None:
             self.read_last_metrics()  # nothing runs behind the host's back
         self.watch.step(state.step)
@@ -982,6 +677,8 @@ class Training:
         if verdict := self.guard.observe(loss, bool(bad), flight.limit):
             windows = f"windows {flight.first_window:,} to {state.position - 1:,} of the data order"
             self.monitor.say(f"WARNING step {state.step}: {verdict}; {windows}")
+            if state.consecutive_skips == min(3, self.run.cfg.max_skips):
+                self.monitor.outside.tell("updates skipped", verdict, state.step)
         self.monitor.step(self.run, loss, norm, bool(bad), flight.lr, seconds, norms)
 
     def save(self, say_so: bool = False) -> None:
@@ -989,9 +686,11 @@ class Training:
         self.read_last_metrics()
         run, cfg, state = self.run, self.run.cfg, self.run.state
         folder = run.checkpoint_folder
-        if self.saved_at == (state.step, state.evaluated_step) or not run.dist.is_main:
+        if self.saved_at == (state.step, state.evaluated_step):
             return
-        if state.consecutive_skips and not all(p.isfinite().all() for p in self.params):
+        if not (run.dist.is_main or self.sharded):
+            return
+        if state.consecutive_skips and not self.weights_are_finite():
             self.monitor.say(
                 f"WARNING step {state.step}: weights are not finite, no checkpoint written"
             )
@@ -1007,22 +706,47 @@ class Training:
 
         self.monitor.flush()
         self.clock.count_as_overhead()
-        self.saver.save(
-            path,
-            checkpoint_of(run),
-            info={"step": state.step, "val_loss": state.validation_loss if evaluated else None},
-            on_done=written,
-            on_full=lambda: run_folders.make_room(folder, *retention),
-        )
+        content = checkpoint_of(run)
+        if run.dist.is_main:
+            self.saver.save(
+                path,
+                content,
+                info={
+                    "step": state.step,
+                    "val_loss": state.validation_loss if evaluated else None,
+                    "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # the loss is of
+                },
+                on_done=written,
+                on_full=lambda: run_folders.make_room(folder, *retention),
+            )
         self.saved_at = (state.step, state.evaluated_step)
         self.clock.count_as_overhead()
 
-    def poll(self, waiting: bool = False) -> None:
-        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0."""
-        self.supervisor.poll(waiting)
-        if self.supervisor.take_save_request():
+    def weights_are_finite(self) -> bool:
+        bad = not all(sharding.local(p).isfinite().all() for p in self.params)
+        return not (self.run.dist.any(bad) if self.sharded else bad)
+
+    def poll(self) -> None:
+        """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0; on all
+        ranks at the same call if they are sharded, as a checkpoint takes them all."""
+        agree = self.run.dist.any if self.sharded else bool
+        try:
+            self.supervisor.poll(agree=agree, all_ranks=self.sharded)
+        except StopRequested:
+            self.all_here = True
+            raise
+        if agree(self.supervisor.take_save_request()):
             self.monitor.say(f"step {self.run.state.step:>5}: SIGUSR1, saving")
             self.save(say_so=True)
+
+    def poll_alone(self, waiting: bool = False) -> None:
+        """The same where each rank calls as often as it likes: a sharded run stops a step later."""
+        if self.sharded:
+            self.supervisor.alive(waiting)
+        elif waiting:
+            self.supervisor.poll(waiting)
+        else:
+            self.poll()
 
 
 def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
@@ -1040,7 +764,9 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         )
     if saver is not None:  # rank 0
         saver.wait()
-    path = run.dist.on_main(lambda: run_folders.find_latest(folder)[0]) or run.resumed_from
+    path, rank = planning.newest(
+        run.dist, lambda: run_folders.find_latest(folder)[0] or run.resumed_from
+    )
     if path is None:
         raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
     names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
@@ -1050,97 +776,78 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         "position": loader.position,
         "consecutive_skips": 0,
     }
-    restore(run, load_checkpoint(path))
+    restore(run, read_checkpoint(run.dist, path, rank, Config))
     for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
-    monitor.say(f"WARNING {story}: back to {path}, on from data window {state.position:,}")
+    where = f"on from data window {state.position:,}"
+    monitor.tell("rolled back", f"WARNING {story}: back to {path}, {where}")
     monitor.rewind(state.step + 1)
 
 
 # --- Set-up ---------------------------------------------------------------------------------------
 
 
-def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
-    """From flags to a run whose every default is decided; nothing is written but the sample corpus.
+def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
+    """Decide everything that a run needs -> (the run, the checkpoint it goes on from, if any).
 
-    ValueError for whatever the user has to change.
+    Nothing is written but the sample corpus. Raise ValueError for what the user has to change.
     """
-    options = Config(**given)  # for the flags that must be known before the checkpoint is
-    checkpoint_dir = Path(options.checkpoint_dir)
-    if options.run_name is not None:
-        run_folders.validate_run_name(options.run_name)
-    begun = None  # by an earlier attempt of this torchrun (--max-restarts)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        begun = dist.on_main(lambda: run_folders.run_of_launcher(checkpoint_dir))
-    name = begun or options.run_name
-    if options.decay_from:
-        if options.resume not in (None, "auto"):
-            raise ValueError(
-                f"--resume {options.resume}: --decay_from says where to begin, give only that"
-            )
-        branched = Path(options.decay_from)
-        source = branched.resolve().parent
-        name = name or f"{source.name}-{branched.stem}-decayed"
-        if (checkpoint_dir / name).resolve() == source:
-            raise ValueError(f"--run_name {name}: is the run itself, give the branch another name")
-    path = dist.on_main(
-        lambda: find_checkpoint(options.resume, name, checkpoint_dir, begun is not None)
-    )
-    branches_off = path is None and options.decay_from is not None
-    if branches_off:
-        path = Path(options.decay_from)
-    checkpoint = load_checkpoint(path) if path is not None else None
-    if branches_off:
-        saved = Config(**checkpoint["config"])
-        given = given | plan_decay(given, saved, checkpoint["step"], last_stable_step(saved))
-    elif options.decay_from:  # goes on with the branch, which was planned when it began
-        given = {k: v for k, v in given.items() if k not in ("max_steps", "decay_share")}
-    if checkpoint is None:
-        given = RECIPES[options.recipe]["flags"] | given
+    # From where: afresh, from a checkpoint, or as a branch of one.
+    early = Config(**flags_now)  # for what must be known before the checkpoint is
+    dist.agree_to_start(flags_now)
+    start, checkpoint = planning.find_start(early, dist), None
+    if start.path is not None:
+        with about(*start.flag):
+            checkpoint = read_checkpoint(dist, start.path, start.rank, Config)
+        saved, _ = flags.merge(Config, {}, checkpoint["config"], {*checkpoint["asked"]}, True)
+        stable = last_stable_step(saved)
+        flags_now = planning.of_branch(start, flags_now, saved, checkpoint["step"], stable)
 
-    cfg, changes = merge_config(
-        Config, PRESETS, given, checkpoint, dist.device.type, dist.world_size
-    )
+    # What: flags over the checkpoint, or over the recipe, over defaults.
+    cfg, flags_ever_given = Config(**RECIPES[early.recipe]["flags"] | flags_now), {*flags_now}
+    if checkpoint is not None:
+        device_type = dist.device.type
+        cfg, flags_ever_given = merge_config(
+            Config, PRESETS, flags_now, checkpoint, device_type, dist.world_size
+        )
+    flags.check_ranges(cfg)  # before anything follows from a number that makes no sense
     weights = {}
     if cfg.init_from and checkpoint is None:
-        weights = resolve_init(cfg, given, dist)
+        weights = planning.take_init(cfg, PRESETS, flags_now, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
-    cfg.run_name = name or (checkpoint and checkpoint["run_name"])
     new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    cfg.run_name = start.run_name or (checkpoint and checkpoint["run_name"])
     cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
-    if cfg.data_dir == SAMPLE_DIR:
-        dist.on_main(lambda: build_sample_corpus(SAMPLE_DIR))
-    train_data = open_source(cfg.data_dir, "train", cfg.seq_len, cfg.seed)
-    val_data = open_source(cfg.data_dir, "val", cfg.seq_len, cfg.seed)
-    if checkpoint and checkpoint["data"]["fingerprint"] != train_data.fingerprint:
-        if not cfg.allow_data_change:
-            raise ValueError(
-                f"--data_dir {cfg.data_dir}: {train_data.num_tokens:,} tokens with fingerprint "
-                f"{train_data.fingerprint}, but the checkpoint saw "
-                f"{checkpoint['data']['tokens']:,} with {checkpoint['data']['fingerprint']}; give "
-                "that folder, or --allow_data_change"
-            )
-        changes.append("training data: another set (--allow_data_change)")
-    resolve_length(cfg, train_data.num_tokens)
-    validate(cfg, dist.world_size)
-    if checkpoint and cfg.max_steps < checkpoint["step"]:
-        raise ValueError(
-            f"--max_steps {cfg.max_steps}: the checkpoint {path} is already at step "
-            f"{checkpoint['step']}; give a larger number"
-        )
-    if cfg.verify_data:
-        dist.on_main(lambda: shards.verify(cfg.data_dir))
 
-    items = []
-    if cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists():
-        items = scoring.load_items(cfg.hellaswag_file)
+    # On which data, and for how long.
+    if cfg.data_dir == SAMPLE_DIR:
+        planning.build_sample_corpus(SAMPLE_DIR, dist)
+    train_data, val_data, items = planning.open_data(cfg, dist)
+    state = TrainState()
+    if checkpoint is not None:
+        if planning.is_other_data(cfg, checkpoint["data"], train_data):
+            for name in flags.derived(Config, {"data_dir"}, flags_ever_given):
+                setattr(cfg, name, None)
+            resolve_model(cfg, dist.device.type)
+        state = state_of(checkpoint, cfg, train_data)
+        if state.step >= saved.warmup_steps and cfg.warmup_steps is None:
+            cfg.warmup_steps = saved.warmup_steps  # it is over and does not come again
+    resolve_length(cfg, train_data.num_tokens, state.step, state.position * cfg.seq_len)
+    validate(cfg, dist.world_size)
     cfg.dtype = machine.best_dtype(dist.device) if cfg.dtype == "auto" else cfg.dtype
     dtype = getattr(torch, cfg.dtype)
-    asked = set(given) | set(checkpoint["asked"] if checkpoint else ())
-    run = Run(cfg, asked, dist, train_data, val_data, items, dtype, resumed_from=path)
+    run = Run(cfg, flags_ever_given, dist, train_data, val_data, items, dtype, state=state)
+    run.resumed_from, run.restarted = start.path, start.restarted
     run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
+    run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    planning.check_length(run, SAMPLE_DIR)
+    if cfg.verify_data:
+        with about("data_dir", cfg.data_dir):
+            dist.everywhere(lambda: dist.is_node_main and shards.verify(cfg.data_dir))
+
+    # The model, and how much of a batch fits at a time.
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
@@ -1148,37 +855,33 @@ def set_up(given: dict, dist: Distributed) -> tuple[Run, dict | None]:
         run.model.to(dist.device)
         if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
             run.model.load_state_dict(weights)
-    if "micro_batch_size" not in given:
-        saved = cfg.micro_batch_size
-        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run, saved))
-    if dist.is_main:
-        if path is not None:
-            print(f"resuming from {path}, step {checkpoint['step']:,}")
-        for change in changes:
-            print(f"  changed since the checkpoint: {change}")
-    run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
+    if "micro_batch_size" not in flags_now:
+        before = cfg.micro_batch_size
+        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run, before))
+    if checkpoint is not None:
+        planning.say_changes(run, checkpoint, flags_now)
     return run, checkpoint
 
 
-def print_config(given: dict, dist: Distributed) -> int:
-    """Every flag as decided, as TOML on stdout; what else is said goes to stderr."""
+def print_config(flags_now: dict, dist: Distributed) -> int:
+    """Print every flag as decided, as TOML on stdout; what else is said goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
-        run, _ = set_up(given | {"dry_run": True}, dist)
+        run, _ = set_up(flags_now | {"dry_run": True}, dist)
     if dist.is_main:
-        decided = dataclasses.replace(run.cfg, run_name=given.get("run_name"))
-        print(to_toml(decided, "every flag as decided here; --config reads it"), end="")
+        decided = dataclasses.replace(run.cfg, run_name=flags_now.get("run_name"))
+        title = "for --config; in comments what is decided anew where this is read"
+        print(to_toml(decided, run.flags_ever_given, title), end="")
     dist.leave()
     return 0
 
 
-def compare_recipes(run: Run) -> dict[str, tuple[Config, float]]:
-    """This command's plan under each recipe, and its hours at a speed that is measured now."""
+def compare_recipes(run: Run, command: CommandLine) -> dict[str, tuple[Config, float]]:
+    """Return this command's plan under each recipe, and its hours at a speed measured now."""
     speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
     plans = {}
     for name, recipe in RECIPES.items():
-        found = ("model", "n_layer", "n_head", "n_embd", "seq_len", "data_dir")
-        found = {key: getattr(run.cfg, key) for key in found}
-        cfg = Config(**(recipe["flags"] | parse("--recipe", name) | found))
+        found = {key: getattr(run.cfg, key) for key in ("model", *SHAPE, "data_dir")}
+        cfg = Config(**(recipe["flags"] | command.values(recipe=name) | found))
         resolve_model(cfg, run.dist.device.type)
         resolve_length(cfg, run.train_data.num_tokens)
         tokens = cfg.max_steps * cfg.total_batch_size
@@ -1186,45 +889,39 @@ def compare_recipes(run: Run) -> dict[str, tuple[Config, float]]:
     return plans
 
 
-def prepare_pass(run: Run, asked: bool | None) -> nn.Module:
-    """Return what a step calls: the model, compiled if it can be, in DDP if there are others."""
-    cfg, dist = run.cfg, run.dist
-
-    def wrap(model):
-        if dist.world_size == 1:
-            return model
-        # No static_graph: it cannot begin inside no_sync (gradient accumulation), LAB_NOTES.md.
-        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    if not cfg.compile:
-        return wrap(run.model)
-    say = functools.partial(print, flush=True) if dist.is_main else lambda text: None
-    while True:
-        shape = cfg.micro_batch_size, cfg.seq_len + 1
-        ids = torch.zeros(shape, dtype=torch.long, device=dist.device)
-        try:
-            passed = machine.compiled(run.model, ids, run.autocast, asked, wrap, say)
-            break
-        except RuntimeError as error:
-            take_less_memory(run, error)
-        machine.empty_cache(dist.device)
-    run.optimizer.zero_grad(set_to_none=True)
-    train_model, cfg.compile = passed
-    return train_model
+def distributed(flags_now: dict) -> Distributed:
+    return Distributed(flags_now.get("device"), flags_now.get("hang_timeout", Config.hang_timeout))
 
 
-def build(run: Run, checkpoint: dict | None):
+def for_doctor(flags_now: dict) -> doctor.Program:
+    """Return what the doctor is to plan and try."""
+
+    def plan(**changes) -> Run:
+        return set_up(flags_now | changes | {"dry_run": True}, distributed(flags_now))[0]
+
+    def new_model(cfg: Config) -> tuple[GPT, torch.optim.Optimizer]:
+        model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+        return model, make_optimizer(model, cfg)
+
+    reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
+    given = Config(**flags_now)
+    trying = (new_model, prepare_pass, forward_backward)
+    return doctor.Program(given, plan, *trying, reference, SAMPLE_DIR)
+
+
+def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
+    run.model.activation_checkpointing = cfg.activation_checkpointing
+    if cfg.shard and dist.world_size > 1:
+        sharding.shard(run.model)
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
-        try:
-            restore(run, checkpoint)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
+        restore(run, checkpoint)
+    if not run.optimizer.state:
+        make_moments(run)
     asked_to_compile = cfg.compile
     if cfg.compile is None:
         cfg.compile = dist.device.type == "cuda"
@@ -1234,44 +931,47 @@ def build(run: Run, checkpoint: dict | None):
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
     )
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
-    monitor = Monitor(run, peak)
+    monitor = Monitor(run, peak, addresses)
     saver = None
+    content = checkpoint_of(run)
     if dist.is_main:
-        saver = background.BackgroundSaver(monitor.say)
-        saver.allocate(checkpoint_of(run), at_least=summary.checkpoint_bytes(run))
+        saver = background.BackgroundSaver(monitor.announce)
+        saver.allocate(content)
     return train_model, loader, saver, monitor
 
 
-def main() -> int:
+def main(command: CommandLine | None = None) -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
-    given = parse()
-    if given.get("doctor"):
-        from runtime import doctor
-
-        return doctor.examine(given, sys.modules[__name__])
-    dist = None
+    command, dist = command or read_flags(), None
     try:
+        addresses = notify.take_addresses(command.typed, command.in_file)
+        flags_now = command.values()
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
-        dist = Distributed(given.get("device"), given.get("hang_timeout", Config.hang_timeout))
-        if given.get("print_config"):
-            return print_config(given, dist)
-        run, checkpoint = set_up(given, dist)
+        if flags_now.get("doctor"):
+            return doctor.examine(for_doctor(flags_now), addresses)
+        dist = distributed(flags_now)
+        if flags_now.get("print_config"):
+            return print_config(flags_now, dist)
+        run, checkpoint = set_up(flags_now, dist)
         if dist.is_main:
             print(summary.plan(run), flush=True)
         if run.cfg.dry_run:
             if dist.is_main and checkpoint is None:
-                print(f"\n{summary.recipes(compare_recipes(run))}", flush=True)
+                print(f"\n{summary.recipes(compare_recipes(run, command))}", flush=True)
             if dist.is_main:
-                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, given)}")
+                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, flags_now)}")
             dist.leave()
             return 0
-        dist.on_main(lambda: preflight(run, checkpoint))
-        train_model, loader, saver, monitor = build(run, checkpoint)
+        dist.on_main(lambda: planning.preflight(run, checkpoint))
+        dist.remember(run.cfg.run_name)
+        train_model, loader, saver, monitor = build(run, checkpoint, addresses)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
-        if dist is not None and not dist.is_main:
-            time.sleep(3)  # rank 0 says the same and ends us, unless the trouble is here alone
+        if dist is not None and dist.peers is not None:
+            dist.peers.close()
+        if dist is not None and not dist.is_node_main:
+            time.sleep(3)  # another says the same and ends us, unless the trouble is here alone
         terminal.print_error(error)
         return 2
     except RuntimeError as error:
@@ -1286,28 +986,37 @@ def main() -> int:
         )
 
     supervisor = Supervisor(
-        dist.rank, dist.world_size, dist.store, run.cfg.hang_timeout, run.cfg.max_hours
+        dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
-    code = 0
+    if saver is not None:
+        saver.progress = supervisor.alive  # a long write is no hang
+    code, how, why = 0, "finished", ""
+    monitor.begin(run)
     try:
         Training(run, train_model, loader, saver, monitor, supervisor).train()
     except StopRequested as stop:
-        code = stop.code
+        code, how, why = stop.code, "stopped", f"{stop}\n"
         monitor.say(f"{stop}: saving and leaving")
     except GuardGaveUp as story:
-        code = 1
+        code, how, why = 1, "gave up", f"{story}\n"
         monitor.say(f"ERROR {story}")
+    except BaseException as error:
+        monitor.leave("crashed", f"{type(error).__name__}: {error}", well=False)
+        raise
     loader.close()
     if saver is not None and not saver.close():
         code = 1
-        path, reason = saver.failures()[-1]
-        monitor.say(f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
+        path, reason = saver.failure
+        monitor.tell("not saved", f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
-    monitor.say(summary.farewell(run, finished, last_stable_step(run.cfg)))
+    again = planning.next_command(run, command, finished, last_stable_step(run.cfg))
+    words = summary.farewell(run, finished, again)
+    monitor.say(words)
+    monitor.leave(how, why + words, well=code != 1)
     supervisor.leave(code)
     return code
 
 
 if __name__ == "__main__":
-    end(main())
+    end(main(COMMAND_LINE))

@@ -64,10 +64,15 @@ D = ("--data_dir", "data/walk")
         (["--warmup_steps", "9", "--max_steps", "8"], ["--warmup_steps 9", "8 steps"]),
         (["--min_lr", "1"], ["--min_lr 1", "--max_lr"]),
         (["--sample_tokens", "64"], ["--sample_tokens 64", "--seq_len 32"]),
+        (["--seed", "18446744073709551616"], ["--seed 18446744073709551616", "below"]),
+        (["--max_steps", "9223372036854775808"], ["--max_steps 9223372036854775808", "below"]),
+        (["--data_dir", "nothing"], ["--data_dir nothing: does not exist", "prepare_data.py"]),
+        (["--data_dir", "a:0", "b:1"], ["--data_dir 'a:0 b:1'", "positive share"]),
+        (["--hellaswag_file", "data"], ["--hellaswag_file data"]),
         (["--sample_prompt", ""], ["--sample_prompt"]),
         (["--val_tokens", "8"], ["--val_tokens 8"]),
         (["--device", "abacus"], ["--device abacus", "cpu"]),
-        (["--run_name", "../../x"], ["../../x"]),
+        (["--run_name", "../../x"], ["--run_name '../../x': "]),
         (["--run_name", "/etc/x"], ["/etc/x"]),
         (["--run_name", "a\nb"], ["name"]),
         (["--run_name", "a" * 101], ["name"]),
@@ -81,6 +86,18 @@ def test_flags(capsys, monkeypatch, cwd, flags, words):
     sentence = refused(capsys, monkeypatch, cwd, *D, *flags)
     for word in words:
         assert word in sentence, sentence
+    known = "error: unrecognized" in sentence or sentence.startswith("error: argument --")
+    name = next(f for f in flags if f.startswith("--"))
+    assert known or sentence.startswith((f"error: {name} ", "error: --total_batch_size")), sentence
+
+
+def test_all_mistakes_of_a_command_are_said(capsys, monkeypatch, cwd):
+    flags = ("--beta1", "2", "--min_lr", "1", "--val_tokens", "8", "--max_steps", "3")
+    refused(capsys, monkeypatch, cwd, *D, *flags)
+    monkeypatch.setattr(sys, "argv", ["train_improved.py", *SMALL, *D, *flags])
+    assert ti.main() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["--beta1", "--min_lr", "--val_tokens"]
 
 
 def header(tokens: int) -> bytes:

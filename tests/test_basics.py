@@ -189,3 +189,22 @@ def test_an_output_that_knows_only_ascii():
     process = start("print('ü')\nreturn 0", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert process.communicate()[0] == "\\xfc\n"
     assert process.returncode == 0
+
+
+COMMANDS = sorted(path.stem for path in SRC.glob("*.py"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_same_manners(command, tmp_path):
+    """A reader who has left, no output at all, and a wrong flag."""
+    program = [sys.executable, SRC / f"{command}.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    process = subprocess.Popen([*program, "--help"], **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    closed = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *program, "--help"]
+    assert subprocess.run(closed, **pipes).returncode == 0
+    wrong = subprocess.run([*program, "--no_such_flag"], **pipes)
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("error: "), wrong.stderr
+    assert "Traceback" not in wrong.stderr and wrong.stdout == ""

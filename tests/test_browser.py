@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, read_scalars
+from monitoring import summary
 from monitoring.tensorboard_log import TensorBoardLog
 
 try:
@@ -134,6 +135,35 @@ def show(browser, address, view):
     context.close()
 
 
+@pytest.fixture
+def report_page(browser, tmp_path):
+    """report_page(view, scheme, RUN ...) -> (page of `report.py RUN ... --serve`, its process)."""
+    processes, contexts, errors = [], [], []
+
+    def open_page(view: str, scheme: str, *words):
+        command = [sys.executable, ROOT / "src" / "report.py", *words, "--serve", "0"]
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        line = next(line for line in process.stdout if "http://" in line)
+        context = browser.new_context(color_scheme=scheme, **VIEWS[view])
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda m: errors.append(m.text) if "Content Security" in m.text else 0)
+        page.goto(line.split()[0])
+        return page, process
+
+    yield open_page
+    assert errors == []
+    for context in contexts:
+        context.close()
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
 def card(page, kind: str, title: str):
     """The card with this title; `kind` is its element."""
     heading = page.locator(".heading").get_by_text(title, exact=True)
@@ -212,6 +242,24 @@ def test_both_losses_are_on_one_chart_of_the_dashboard(show, view):
         expect(rows).to_have_count(2 * len(FLOORS))
         expect(rows.nth(1)).to_contain_text(re.compile(r"Loss/train \(\w\)"))
         expect(rows.last).to_contain_text(re.compile(r"Loss/validation \(\w\)"))
+
+
+@pytest.mark.parametrize("view", ["wide"], indirect=True)
+def test_the_printed_address_shows_losses_unsmoothed(show):
+    printed = summary.watching(reference_config(tensorboard_dir="runs")).split("localhost:6006/")[1]
+    page = show(printed)
+    expect(page.locator("tf-custom-scalar-dashboard input[type=number]")).to_have_value("0")
+    expect(card(page, "tf-custom-scalar-multi-line-chart-card", "Loss")).to_be_visible()
+
+
+@pytest.mark.parametrize("view", ["wide"], indirect=True)
+def test_the_guides_address_pins_both_losses(show):
+    guide = (ROOT / "TENSORBOARD_GUIDE.md").read_text(encoding="utf-8")
+    page = show(re.search(r"localhost:6006/(\?pinnedCards=\S+)", guide)[1])
+    pinned = page.locator("metrics-pinned-view")
+    expect(pinned.locator("scalar-card")).to_have_count(2)
+    expect(pinned.locator(".tag")).to_have_text(["Loss/train", "Loss/validation"])
+    expect(page.locator(".slider-row input.slider-input")).to_have_value("0")
 
 
 @pytest.mark.parametrize(
@@ -323,3 +371,61 @@ def test_a_run_that_grows_is_seen_by_the_reload_button_and_by_automatic_reload(s
     write(3)
     wait_until_shown(3, lambda: page.clock.fast_forward(30_000))
     log.close()
+
+
+# --- The report's own page ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view, scheme", [("phone", "light"), ("phone", "dark"), ("wide", "dark")])
+def test_the_report_fits_the_screen_in_light_and_dark(report_page, runs, view, scheme):
+    """What matters first is in sight without scrolling, and nothing sticks out at the side."""
+    page, _ = report_page(view, scheme, *(runs / name for name in FLOORS))
+    width, height = VIEWS[view]["viewport"].values()
+    assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    for name in ("training loss", "validation loss", "warnings", "trained"):
+        box = page.locator("dt").get_by_text(name, exact=True).bounding_box()
+        assert box["y"] + box["height"] < height, name
+    plot = page.locator("figure").first.locator(".plot")
+    box = plot.bounding_box()
+    assert box["width"] > 0.7 * min(width, 900) and box["x"] + box["width"] <= width
+    size = plot.locator("span").first.evaluate(
+        "span => parseFloat(getComputedStyle(span).fontSize)"
+    )
+    assert size >= 11  # words keep their size however narrow the chart is
+    ground, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    lightness = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ground, ink)]
+    assert (lightness[0] > lightness[1]) == (scheme == "light")
+    colors = (
+        page.locator("figure")
+        .first.locator("path:not(.grid, .faint)")
+        .evaluate_all("paths => paths.map(path => getComputedStyle(path).color)")
+    )
+    assert len(set(colors)) >= len(FLOORS) and ground not in colors
+    hidden = page.locator("main").evaluate(
+        "main => [...main.querySelectorAll('p, dd, figcaption, .legend')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML)"
+    )
+    assert hidden == []
+
+
+def test_the_report_is_renewed_where_it_is(report_page, tmp_path):
+    log = TensorBoardLog(tmp_path / "runs" / "live", 0)
+    for step in range(1, 4):
+        log.scalars({"Loss/train": 9.0, "odd/tag": 1.0}, step)
+    page, process = report_page("phone", "light", "live")
+    expect(page.locator("main > p").first).to_contain_text("step 3")
+    page.locator("summary", has_text="configuration").click()
+    page.evaluate("scrollTo(0, 50)")
+    log.scalars({"Loss/train": 2.25}, 4)
+    expect(page.locator("main > p").first).to_contain_text("step 4", timeout=30_000)
+    assert page.evaluate("scrollY") == 50
+    expect(page.locator("details[open]")).to_have_count(1)
+    age = page.locator("time").first
+    before = age.inner_text()
+    page.wait_for_timeout(2500)
+    assert re.fullmatch(r"[\d.]+ s ago", before) and age.inner_text() != before
+    process.kill()
+    expect(page.locator("body")).to_have_class("lost", timeout=30_000)
+    expect(page.locator("main > p").first).to_contain_text("step 4")  # still there

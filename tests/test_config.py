@@ -166,7 +166,7 @@ def test_an_unreadable_file_is_named(capsys, tmp_path):
 
 def test_any_configuration_survives_the_way_through_a_file(tmp_path):
     rng = random.Random(0)
-    alphabet = string.printable + "\x00\x7fäß漢😀"
+    alphabet = string.printable.replace("~", "") + "\x00\x7fäß漢😀"  # ~ is home
     for _ in range(50):
         values = {}
         for field in dataclasses.fields(ti.Config):
@@ -180,7 +180,7 @@ def test_any_configuration_survives_the_way_through_a_file(tmp_path):
                 str: rng.choice(meta["choices"] or ["".join(rng.choices(alphabet, k=20))]),
             }[kind]
         config = ti.Config(**values)
-        path = config_file(tmp_path, flags.to_toml(config, "test"))
+        path = config_file(tmp_path, flags.to_toml(config, values, "test"))
         read = flags.read_config(ti.Config, path)
         assert ti.Config(**read) == config
         for name, value in read.items():
@@ -211,12 +211,11 @@ def test_print_config_is_read_back_exactly(capsys, monkeypatch, sample):
     """All that is said beside the configuration goes to stderr."""
     flags_given = (*SMALL, "--max_lr", "7e-4", "--sample_prompt", 'a "b"\té', "--grad_clip", "0")
     first = print_config(capsys, monkeypatch, *flags_given)
-    decided = tomllib.loads(first)
-    assert decided["max_lr"] == 7e-4 and decided["min_lr"] == 0.1 * 7e-4
-    assert decided["sample_prompt"] == 'a "b"\té'
-    assert decided["micro_batch_size"] >= 1 and decided["dtype"] == "float32"
-    assert decided["data_dir"] == ti.SAMPLE_DIR
-    assert "run_name" not in decided  # chosen anew for each run
+    given = tomllib.loads(first)
+    assert set(given) == {w[2:] for w in flags_given if w.startswith("--")}  # nothing decided here
+    assert given["max_lr"] == 7e-4 and given["sample_prompt"] == 'a "b"\té'
+    for line in (f"min_lr = {0.1 * 7e-4}", "warmup_steps = 60", f'data_dir = "{ti.SAMPLE_DIR}"'):
+        assert f"\n# {line}\n" in first, first
     path = config_file(sample, first)
     assert print_config(capsys, monkeypatch, "--config", path) == first
     other = print_config(capsys, monkeypatch, "--config", path, "--run_name", "x", "--seed", "2")

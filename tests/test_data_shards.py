@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import data_shards
+from runtime import flags
 from tokens import shards as token_shards
 from tokens import stream as token_stream
 from tokens.loader import StepLoader
@@ -554,6 +555,17 @@ def test_data_dir_words(tmp_path):
     (tmp_path / "a:0.7 b:0.3").mkdir()
     assert parse_data_dir(str(tmp_path / "a:0.7 b:0.3")) == [(str(tmp_path / "a:0.7 b:0.3"), 1)]
     assert parse_data_dir("c:/x:1 d:/x:3") == [("c:/x", Fraction(1, 4)), ("d:/x", Fraction(3, 4))]
+    blank, colon = str(tmp_path / "my books"), str(tmp_path / "a:b")
+    text = flags.joined([f"{blank}:0.25", f"{colon}:0.75", "bob's:1"])  # a list of TOML
+    assert parse_data_dir(text) == [
+        (blank, Fraction(1, 8)),
+        (colon, Fraction(3, 8)),
+        ("bob's", Fraction(1, 2)),
+    ]
+    Path(blank).mkdir()
+    assert parse_data_dir(flags.joined([f"{blank}:0.25"])) == [(blank, 1)]
+    home = str(Path.home())
+    assert parse_data_dir("~/a:1 ~/b:1") == [(f"{home}/{c}", Fraction(1, 2)) for c in "ab"]
     for text, words in (
         ("a:0.7 b", "'b' needs a positive share"),
         ("a:0 b:1", "'a:0' needs a positive share"),
@@ -779,66 +791,32 @@ def test_many_shards_need_few_open_files(tmp_path):
 # --- Sample corpus --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def library(tmp_path) -> Path:
-    """Folders like a standard library's, with enough documentation."""
-    root = tmp_path / "lib"
-    (root / "pydoc_data").mkdir(parents=True)
-    (root / "test").mkdir()
-    rng = np.random.default_rng(0)
-    words = [
-        "the",
-        "loop",
-        "reads",
-        "each",
-        "line",
-        "of",
-        "an",
-        "open",
-        "file",
-        "for",
-        "a",
-        "caller",
-    ]
-
-    def sentences(n):
-        return ". ".join(" ".join(rng.choice(words, 9)) for _ in range(n)) + "."
-
-    topics = {f"topic{k}": sentences(30) for k in range(20)}
-    (root / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
-    for k in range(100):
-        doc = f"{sentences(200)}\n\n    >>> code(1)\n    2\n"
-        text = f'class C:\n    """{doc}"""\n    def f(self):\n        """{sentences(9)}"""\n'
-        (root / f"module{k:03d}.py").write_text(text + "raise SystemExit('code was run')\n")
-    (root / "broken.py").write_text("def (")
-    (root / "_private.py").write_text('"""Secret secret secret."""')
-    (root / "test" / "module.py").write_text(f'"""Secret {sentences(90)}"""')
-    return root
-
-
-def test_sample_corpus_from_a_library(tmp_path, library):
+def test_sample_corpus(tmp_path):
     folder = tmp_path / "deep" / "sample"
-    sample_corpus(folder, [library])
-    sample_corpus(folder, [library])  # another process was faster: that is kept
-    sample_corpus(tmp_path / "again", [library])
+    sample_corpus(folder)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
     assert sorted(p.name for p in folder.parent.iterdir()) == ["sample"]
-    text = get_tokenizer().decode(open_split(folder, "train").read(0, 10**5).tolist())
-    assert "module001.C.f" in text and "the loop" in text
-    assert not any(word in text for word in ("Secret", ">>>", "code(1)", "SystemExit"))
-    manifest = json.loads(files["manifest.json"])
-    documents = {e["split"]: e["documents"] for e in manifest["shards"]}
-    assert documents == {"train": 114, "val": 6}
     verify(str(folder))
+    decode = get_tokenizer().decode
+    train, val = (open_split(folder, s) for s in ("train", "val"))
+    texts = [decode(s.read(0, s.num_tokens).tolist()) for s in (train, val)]
+    chapters, held_out = (text.split("<|endoftext|>")[1:] for text in texts)
+    assert train.num_tokens > 400_000 and val.num_tokens > 16_384
+    assert len(chapters) == 60 and len(held_out) == 4 and not set(chapters) & set(held_out)
+    assert "I Am Born" in chapters[0] and "I Make Another Beginning" in held_out[0]
+    words = texts[0].lower().split()
+    assert words.count("the") > len(words) / 40  # English
+    sample_corpus(folder)  # another process was faster: that is kept
+    sample_corpus(tmp_path / "again")
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
 
 
-def test_sample_corpus_built_by_two_at_once(tmp_path, library):
+def test_sample_corpus_built_by_two_at_once(tmp_path):
     errors = []
 
     def build():
         try:
-            sample_corpus(tmp_path / "data" / "sample", [library])
+            sample_corpus(tmp_path / "data" / "sample")
         except Exception as error:
             errors.append(error)
 
@@ -852,29 +830,15 @@ def test_sample_corpus_built_by_two_at_once(tmp_path, library):
     verify(str(tmp_path / "data" / "sample"))
 
 
-def test_sample_corpus_says_what_is_wrong(tmp_path, library):
-    with pytest.raises(ValueError, match=r"only 0 tokens .*prepare_data.py"):
-        sample_corpus(tmp_path / "sample", [tmp_path / "stripped"])
+def test_sample_corpus_says_what_is_wrong(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        sample_corpus(tmp_path / "file" / "sample", [library])
+        sample_corpus(tmp_path / "file" / "sample")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("")
     with pytest.raises(ValueError, match="taken"):
-        sample_corpus(tmp_path / "taken", [library])
+        sample_corpus(tmp_path / "taken")
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["mine.txt"]
-
-
-def test_sample_corpus_of_this_installation(tmp_path):
-    sample_corpus(tmp_path / "sample")
-    train, val = (open_split(tmp_path / "sample", s) for s in ("train", "val"))
-    assert train.num_tokens > 200_000 and val.num_tokens > train.num_tokens / 100
-    text = get_tokenizer().decode(train.read(0, train.num_tokens).tolist())
-    words = text.lower().split()
-    assert words.count("the") > len(words) / 40  # English
-    assert text.startswith("<|endoftext|>")
-    held_out = get_tokenizer().decode(val.read(0, val.num_tokens).tolist())
-    assert not set(text.split("<|endoftext|>")[1:]) & set(held_out.split("<|endoftext|>")[1:])
 
 
 # --- The command ----------------------------------------------------------------------------------

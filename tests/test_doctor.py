@@ -3,13 +3,14 @@
 import re
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_improved as ti
 from conftest import SMALL, write_data
-from runtime import doctor
+from runtime import doctor, flags
 from tokens import shards as token_shards
 from training import scoring
 
@@ -33,7 +34,7 @@ def report():
 
 def given(*argv) -> dict:
     argv = [*SMALL, "--data_dir", "data/walk", "--max_steps", "9", *map(str, argv)]
-    return ti.parse_flags(ti.Config, "", argv)
+    return flags.parse_flags(ti.Config, "", argv)
 
 
 def planned(*argv):
@@ -63,7 +64,7 @@ def test_a_whole_look_leaves_nothing_behind(capsys, cwd, monkeypatch):
 
 def test_a_plan_that_fails_is_a_problem_among_others(capsys, cwd):
     wrong = given("--no-compile") | {"data_dir": "data/none"}
-    assert doctor.examine(wrong, ti) == 2
+    assert doctor.examine(ti.for_doctor(wrong)) == 2
     out = capsys.readouterr().out
     assert re.search(r"PROBLEM  plan +.*data/none", out)
     for name in ("tokenizer", "products", "disk", "ports"):
@@ -74,13 +75,13 @@ def test_a_plan_that_fails_is_a_problem_among_others(capsys, cwd):
 def test_a_device_that_is_not_there(capsys, cwd):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert doctor.examine(given("--no-compile") | {"device": "cuda"}, ti) == 2
+    assert doctor.examine(ti.for_doctor(given("--no-compile") | {"device": "cuda"})) == 2
     assert "--device cuda: not available" in capsys.readouterr().out
 
 
 def test_several_processes_are_refused(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert doctor.examine({}, ti) == 2
+    assert doctor.examine(ti.for_doctor({})) == 2
     assert "without torchrun" in capsys.readouterr().err
 
 
@@ -142,13 +143,12 @@ def test_a_folder_that_cannot_be_written(capsys, report, cwd):
     assert "--tensorboard_dir /proc/x: cannot write in /proc" in capsys.readouterr().out
 
 
-def test_a_name_that_has_checkpoints(capsys, report, cwd):
+def test_a_name_that_has_checkpoints(capsys, cwd):
     folder = cwd / "checkpoints" / "a"
     folder.mkdir(parents=True)
     (folder / "step_00000004.pt").write_bytes(b"")
-    run = planned("--run_name", "a")
-    doctor.check_disk(report, run.cfg, run)
-    assert "holds checkpoints already" in capsys.readouterr().out and report.problems == ["disk"]
+    assert doctor.examine(ti.for_doctor(given("--run_name", "a", "--no-compile"))) == 2
+    assert re.search(r"PROBLEM  plan +--run_name a: .* already", capsys.readouterr().out)
 
 
 def test_data(capsys, report, cwd):
@@ -207,20 +207,37 @@ def test_a_step_that_fails_is_a_problem(capsys, report, cwd):
     run = planned()
     run.cfg.seq_len = 16  # the batch has this many tokens, the ids below do not fit the model
     run.cfg.n_head = 3  # 16 channels do not divide
-    assert doctor.measure(report, ti, run, "speed") is None
+    assert doctor.measure(report, ti.for_doctor({}), run, "speed") is None
     assert report.problems == ["speed"]
     assert "a training step failed" in capsys.readouterr().out
 
 
-def test_the_reference_runs_plan():
-    text = doctor.duration(95_365, 524_288, 17_000, None, torch.device("cpu"))
-    assert "817.0 hours = 34.0 days" in text and "GPU-hours" not in text
-    text = doctor.duration(95_365, 524_288, 1e6, 400.0, torch.device("cuda"))
-    assert "13.9 hours" in text and "13.9 GPU-hours" in text and "5.6 kWh" in text
-    assert "10.0 minutes" in doctor.duration(600, 1024, 1024, None, torch.device("cpu"))
+@pytest.mark.parametrize(
+    "steps, batch, rate, watts, device, words",
+    [
+        (95_365, 524_288, 17_000, 0, "cpu", "ok  reference .* 817.0 hours = 34.0 days"),
+        (95_365, 524_288, 1e6, 400, "cuda", "13.9 hours .* 13.9 GPU-hours.* 5.6 kWh"),
+        (600, 1024, 1024, 0, "cpu", "10.0 minutes"),
+        (95_365, 524_288, 319, 0, "cpu", "note  reference .* days"),  # never "ok: 1,814 days"
+    ],
+)
+def test_how_long_a_run_takes(capsys, report, steps, batch, rate, watts, device, words):
+    cfg = ti.Config(max_steps=steps, total_batch_size=batch)
+    run = SimpleNamespace(cfg=cfg, dist=SimpleNamespace(device=torch.device(device)))
+    doctor.report_duration(report, "reference", run, rate, watts)
+    assert re.search(words, capsys.readouterr().out.replace("\n", " "))
 
 
-def test_the_reference_model_is_124m(cwd):
-    run = doctor.reference_run(ti, planned())
+def test_the_reference_model_is_124m(cwd, monkeypatch):
+    write_data(cwd / "data" / "walk", val=3000)
+    program = ti.for_doctor(given("--dtype", "float32"))
+    run = doctor.reference_run(program, planned())
     assert run.model.num_params() == 124_439_808
     assert run.cfg.total_batch_size == 524_288 and run.cfg.micro_batch_size == 1
+    assert run.cfg.max_steps == 95_365
+
+
+def test_an_unreadable_data_folder_is_a_problem_not_a_traceback(capsys, cwd):
+    name = "a" * 300  # no file system has that
+    assert doctor.examine(ti.for_doctor(given("--no-compile") | {"data_dir": name})) == 2
+    assert f"PROBLEM  plan       --data_dir {name}: File name too long" in capsys.readouterr().out

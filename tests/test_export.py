@@ -202,9 +202,13 @@ def contents(folder: Path) -> dict:
 
 def test_an_export_is_replaced_only_if_nothing_in_it_changed(checkpoint, tmp_path, capsys):
     out = tmp_path / "deep" / "er"
-    export.export(checkpoint, out)
+    assert export.export(checkpoint, out)[1] is None
     before = contents(out)
-    export.export(checkpoint, out)
+    capsys.readouterr()
+    assert export.main([str(checkpoint), str(out)]) == 0
+    assert f"this replaced the export that was there: of run a, step {STEPS}" in (
+        capsys.readouterr().out
+    )
     assert contents(out) == before
     assert os.listdir(out.parent) == ["er"], "nothing temporary is left"
     (out / "notes.txt").write_text("mine")
@@ -213,6 +217,16 @@ def test_an_export_is_replaced_only_if_nothing_in_it_changed(checkpoint, tmp_pat
     (out / "README.md").write_text("my own card")
     assert "README.md was changed" in refuse(capsys, checkpoint, out)
     assert contents(out) == before | {"README.md": b"my own card"}
+
+
+def test_files_are_as_readable_as_other_files(checkpoint, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        export.export(checkpoint, tmp_path / "a")
+    finally:
+        os.umask(umask)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "a").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_other_folders_and_files_are_never_replaced(checkpoint, exported, tmp_path, capsys):

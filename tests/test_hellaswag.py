@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -325,7 +326,7 @@ def test_download_survives_a_cut_transfer(tmp_path):
         assert len(requests) == 3
         assert path.read_bytes() == BODY
         assert [p.name for p in path.parent.iterdir()] == ["val.jsonl"]
-        assert "MB" in said[0] and url in said[0]  # the size, before the data
+        assert "983 bytes" in said[0] and url in said[0]  # the size, before the data
         assert "3 items" in said[-1]
         hellaswag.download(path, url, say=said.append)
         assert len(requests) == 3 and "already there" in said[-1]
@@ -342,7 +343,7 @@ def test_download_that_never_completes_leaves_nothing(tmp_path, cut):
 
 
 def test_download_begins_again_where_a_killed_one_left_a_part(tmp_path):
-    (tmp_path / ".val.jsonl.part").write_bytes(b"\0" * 10_000)
+    (tmp_path / f".tmp-val.jsonl-{os.getpid()}").write_bytes(b"\0" * 10_000)
     with server(BODY) as (url, _):
         hellaswag.download(tmp_path / "val.jsonl", url, say=lambda text: None)
     assert (tmp_path / "val.jsonl").read_bytes() == BODY

@@ -3,12 +3,17 @@
 import http.server
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from conftest import ROOT, SMALL, environment, run, start
 from monitoring import notify
+
+FAULTY = ROOT / "tests" / "faulty.py"
 
 
 class Server:
@@ -236,3 +241,85 @@ def test_a_digest_has_numbers_bests_and_a_chart():
 def test_periods_that_mean_nothing_are_refused(text):
     with pytest.raises(ValueError, match="--notify_every"):
         notify.seconds_of("--notify_every", text)
+
+
+# --- Whole runs -----------------------------------------------------------------------------------
+
+
+def topics(service: Server) -> list[str]:
+    return [json.loads(body)["title"].split(": ", 1)[1] for _, _, body in service.requests]
+
+
+def test_a_run_tells_how_it_goes_and_writes_no_secret(tmp_path, data, server):
+    """Every file of the run, and all it says, is searched for the address."""
+    service, beats, out = server(), server(), tmp_path / "told"
+    flags = "--max_steps 4 --eval_freq 2 --sample_freq 0 --use_tensorboard --log_jsonl".split()
+    secret = f"ntfy://127.0.0.1:{service.port}/hunter2"
+    command = f"cmd: cat >> {out} # hunter2"
+    heartbeat = f"http://127.0.0.1:{beats.port}/ping/hunter2"
+    said = run(
+        *flags, "--run_name", "a", "--notify", secret, "--notify", command,
+        "--heartbeat", heartbeat, cwd=tmp_path, data=data,
+    )  # fmt: skip
+    assert topics(service) == ["started", "finished"]
+    assert "finished at step 4 of 4" in out.read_text() and "4 steps of 256" in out.read_text()
+    assert [path for path, _, _ in beats.requests] == [
+        "/ping/hunter2/start", "/ping/hunter2", "/ping/hunter2",
+    ]  # fmt: skip
+    files = [p for d in ("runs", "checkpoints") for p in (tmp_path / d).rglob("*") if p.is_file()]
+    assert len(files) >= 4
+    for path in files:
+        assert b"hunter2" not in path.read_bytes(), path
+    assert "hunter2" not in "".join(said) and "--notify --heartbeat again" in said[0]
+    out.unlink()
+    (tmp_path / "my.toml").write_text(f'notify = ["{secret}"]\nnotify_every = "12h"\n')
+    resume = ["--resume", "latest", "--run_name", "a", "--max_steps", "6", "--config", "my.toml"]
+    said = run(*resume, cwd=tmp_path, small=False)
+    assert topics(service)[2:] == ["resumed", "finished"]
+    assert "hunter2" not in "".join(said)
+    body = json.loads(service.requests[2][2])["message"]
+    assert "from step 4 of checkpoints/a/step_00000004.pt, saved" in body
+
+
+def test_skipped_updates_roll_backs_and_giving_up_are_told(tmp_path, data, server):
+    service = server()
+    address = f"ntfy://127.0.0.1:{service.port}/topic"
+    flags = "--max_steps 20 --eval_freq 0 --sample_freq 0 --checkpoint_freq 5 --max_skips 3"
+    flags += f" --max_rollbacks 1 --run_name a --notify {address}"
+    argv = [sys.executable, FAULTY, "loss", "8", "99", *SMALL, *flags.split()]
+    argv += ["--data_dir", data]
+    ended = subprocess.run(
+        [str(a) for a in argv], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert topics(service) == ["started", "updates skipped", "rolled back", "gave up"]
+    last = json.loads(service.requests[-1][2])["message"]
+    assert "3 updates in a row were skipped" in last and "stopped at step" in last
+
+
+def test_kill_9_is_noticed_by_silence(tmp_path, data, server):
+    """What was pinged stops; nothing says that all is well."""
+    beats = server()
+    flags = "--max_steps 100000 --eval_freq 0 --sample_freq 0 --run_name a"
+    heartbeat = f"http://127.0.0.1:{beats.port}/ping/x"
+    process = start(*flags.split(), "--heartbeat", heartbeat, cwd=tmp_path, data=data)
+    wait_until(lambda: len(beats.requests) >= 2, seconds=120)
+    process.kill()
+    process.wait()
+    count = len(beats.requests)
+    time.sleep(1)
+    assert [path for path, _, _ in beats.requests] == ["/ping/x/start", "/ping/x"]
+    assert len(beats.requests) == count
+
+
+def test_a_wrong_target_is_refused_before_anything_is_made(tmp_path, data):
+    for flags, words in (
+        (["--notify", "nosuch://hunter2"], "--notify nosuch://...: Apprise knows no service"),
+        (["--notify", "$NOT_SET_HERE"], "--notify $NOT_SET_HERE: the environment has no"),
+        (["--heartbeat", "hunter2"], "--heartbeat ...: give a URL"),
+        (["--notify_every", "soon"], "--notify_every soon: give minutes"),
+    ):
+        process = start("--max_steps", "2", *flags, cwd=tmp_path, data=data)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and words in err and "hunter2" not in err, err
+        assert not (tmp_path / "runs").exists()

@@ -179,6 +179,29 @@ def test_a_bad_update_changes_nothing_and_the_next_ones_are_as_if_it_had_not_bee
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_made_before_the_first_step_change_nothing(name):
+    cfg = config(optimizer=name)
+    models = [small_model(), small_model()]
+    optimizers = [ti.make_optimizer(model, cfg) for model in models]
+    before = {n: p.detach().clone() for n, p in models[1].named_parameters()}
+    dist = SimpleNamespace(device=torch.device("cpu"))
+    ti.make_moments(SimpleNamespace(model=models[1], optimizer=optimizers[1], dist=dist))
+    assert all(torch.equal(p, before[n]) for n, p in models[1].named_parameters())
+    made = optimizers[1].state_dict()["state"]
+    assert len(made) == len(before)
+    assert not any(t.any() for moments in made.values() for t in moments.values())
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            gradients(model, step)
+            optimizer.found_inf = torch.tensor(0.0)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 LENGTH = "--max_steps 20 --warmup_steps 3 --run_name a".split()
@@ -223,7 +246,7 @@ def test_a_wsd_run_can_be_extended_and_branched_off(tmp_path, data):
     run(*flags, "--max_steps", "10", "--run_name", "short", cwd=tmp_path, data=data)
     run(*flags, "--max_steps", "20", "--run_name", "long", cwd=tmp_path, data=data)
     out, _ = run("--resume", "latest", "--run_name", "short", cwd=tmp_path, small=False)
-    longer = "--resume checkpoints/short/step_00000008.pt --run_name short-longer --max_steps 20"
+    longer = "--max_steps 20 --run_name short-longer --resume checkpoints/short/step_00000008.pt"
     assert longer in out
     stable = checkpoint(tmp_path, 8, "short")
     assert stable.exists(), "the end of the stable part is kept"
@@ -290,7 +313,7 @@ def test_what_can_be_branched_off():
 
 
 def test_another_optimizer_on_resume_is_refused():
-    with pytest.raises(ValueError, match=r"--optimizer adamw does not fit .* muon"):
+    with pytest.raises(ValueError, match=r"--optimizer adamw: does not fit .* muon"):
         planning.merge_config(ti.Config, ti.PRESETS, {"optimizer": "adamw"}, of_step(4), "cpu", 1)
     cfg, _ = planning.merge_config(ti.Config, ti.PRESETS, {}, of_step(4), "cpu", 1)
     assert cfg.optimizer == "muon"
@@ -298,7 +321,7 @@ def test_another_optimizer_on_resume_is_refused():
 
 def test_another_recipe_on_resume_is_refused():
     given, saved = {"recipe": "fast"}, of_step(4)
-    with pytest.raises(ValueError, match=r"--recipe fast: .* planned by --recipe reference"):
+    with pytest.raises(ValueError, match=r"--recipe fast: .* has recipe reference"):
         planning.merge_config(ti.Config, ti.PRESETS, given, saved, "cpu", 1)
     saved["config"]["recipe"] = "fast"
     cfg, _ = planning.merge_config(ti.Config, ti.PRESETS, given, saved, "cpu", 1)

@@ -38,7 +38,8 @@ def planned(**values) -> SimpleNamespace:
     with torch.device("meta"):
         model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
     dist = SimpleNamespace(device=torch.device("cpu"))
-    return SimpleNamespace(cfg=cfg, model=model, dist=dist, dtype=torch.float32)
+    state = ti.TrainState()
+    return SimpleNamespace(cfg=cfg, model=model, dist=dist, dtype=torch.float32, state=state)
 
 
 def test_the_estimate_of_the_logs_is_near_what_they_are(trained):
@@ -70,14 +71,14 @@ def test_disk_is_compared_with_the_whole_planned_run(tmp_path, monkeypatch):
     second.mkdir()
     size = summary.checkpoint_bytes(run_)
     need = size * 1_000_004 + summary.log_bytes(run_)
-    (sentence,) = summary.disk_warnings(run_, 0, first, second)  # 87 TB: no disk has that
+    (sentence,) = summary.disk_warnings(run_, first, second)  # 87 TB: no disk has that
     assert f"the run needs up to {size * 1_000_004 / 1e9:.2f} GB more (1000004 files" in sentence
     assert f"and {summary.log_bytes(run_) / 1e9:.2f} GB for logs" in sentence
     free = shutil.disk_usage(tmp_path).free
     said = 1e9 * float(re.search(r"has ([\d.]+) GB free", sentence)[1])
     assert said == pytest.approx(free, rel=0.05) and need > free  # others write, too
     run_ = planned(max_steps=10)
-    assert summary.disk_warnings(run_, 0, first, second) == []
+    assert summary.disk_warnings(run_, first, second) == []
 
 
 def test_memory_for_the_chosen_micro_batch(monkeypatch):

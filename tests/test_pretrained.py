@@ -1,10 +1,12 @@
 """Weights from elsewhere: what is read, what is refused, --init_from in real runs, the hub."""
 
 import contextlib
+import copy
 import http.server
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 
 import hellaswag
 import train_improved as ti
@@ -81,22 +83,214 @@ def test_openais_files_as_they_are_on_the_hub(model, tmp_path):
     assert "dropout (0.1" in text and "no tokenizer files" in text
 
 
-def test_what_transformers_writes_in_half_precision_and_parts(model, tmp_path):
+# What other programs write of one and the same model: (folder, theirs) -> None. The next report is
+# one more line.
+
+
+@pytest.fixture(scope="module")
+def theirs():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(**{k: v for k, v in CONFIG.items() if k != "model_type"})
-    theirs = transformers.GPT2LMHeadModel(config).to(torch.bfloat16).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    shape, weights, notes = pretrained.read_pretrained(str(tmp_path))
-    assert shape == SHAPE
-    assert "tensors in bfloat16: made float32" in "\n".join(notes)
-    ours = ti.GPT(**shape)
-    ours.load_state_dict(weights)
-    ids = torch.randint(0, VOCAB_SIZE, (2, 32))
-    with torch.no_grad():
-        assert torch.allclose(
-            ours.logits(ours.features(ids)), theirs.float()(ids).logits, atol=1e-5
+    torch.manual_seed(1)
+    sizes = {name: value for name, value in CONFIG.items() if name != "model_type"}
+    config = transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def renamed(rename, **config):
+    """A writer: tensors as safetensors' users save a state dict, their names changed."""
+
+    def write(folder: Path, theirs):
+        tensors = {rename(name): t.clone() for name, t in theirs.state_dict().items()}
+        write_folder(folder, {n: t for n, t in tensors.items() if "lm_head" not in n}, **config)
+
+    return write
+
+
+def without(file: str):
+    """A writer: two parts, one file left out of what transformers writes."""
+
+    def write(folder: Path, theirs):
+        theirs.save_pretrained(folder, max_shard_size="3MB")
+        (folder / file).unlink()
+
+    return write
+
+
+def as_file(name: str):
+    """A writer: the file of another name."""
+
+    def write(folder: Path, theirs):
+        theirs.save_pretrained(folder)
+        (folder / "model.safetensors").rename(folder / name)
+
+    return write
+
+
+def saved_by_save_model(folder: Path, theirs):
+    """safetensors keeps one of two tied names, and not the one that transformers keeps."""
+    theirs.config.save_pretrained(folder)
+    save_model(theirs, str(folder / "model.safetensors"))
+    assert "transformer.wte.weight" not in load_file(folder / "model.safetensors")
+
+
+def resized(**how):
+    def write(folder: Path, theirs):
+        larger = copy.deepcopy(theirs)
+        larger.resize_token_embeddings(**how)
+        larger.save_pretrained(folder)
+
+    return write
+
+
+def both_matrices(folder: Path, theirs):
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    write_folder(folder, tensors, tie_word_embeddings=False)
+
+
+def as_nn_linear(folder: Path, theirs):
+    """A GPT-2 written with nn.Linear, as nanoGPT's: matrices (out, in)."""
+    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    tensors = {n: t.T if n.endswith(ends) else t for n, t in theirs.state_dict().items()}
+    write_folder(folder, {n: t.contiguous().clone() for n, t in tensors.items()})
+
+
+def config_as(change):
+    def write(folder: Path, theirs):
+        theirs.save_pretrained(folder)
+        path = folder / "config.json"
+        path.write_bytes(change(json.loads(path.read_bytes())))
+
+    return write
+
+
+NULL = dict.fromkeys(("vocab_size", "attn_pdrop", "n_inner", "n_positions", "n_layer"))
+OTHER_NAMES = {"n_embd": "hidden_size", "n_head": "num_attention_heads"}
+WRITERS = {
+    "transformers": lambda folder, theirs: theirs.save_pretrained(folder),
+    "two parts and an index": lambda folder, t: t.save_pretrained(folder, max_shard_size="3MB"),
+    "parts without an index": without("model.safetensors.index.json"),
+    "a variant": lambda folder, t: t.save_pretrained(folder, variant="fp16"),
+    "a variant in parts": lambda f, t: t.save_pretrained(f, variant="fp16", max_shard_size="3MB"),
+    "bfloat16": lambda f, t: copy.deepcopy(t).to(torch.bfloat16).save_pretrained(f),
+    "float64": lambda f, t: copy.deepcopy(t).double().save_pretrained(f),
+    "without the head's class": lambda folder, t: t.transformer.save_pretrained(folder),
+    "safetensors.save_model": saved_by_save_model,
+    "torch.compile": renamed(lambda name: f"_orig_mod.{name}"),
+    "DDP": renamed(lambda name: f"module.{name}"),
+    "DDP of a compiled model": renamed(lambda name: f"module._orig_mod.{name}"),
+    "compiled blocks": renamed(lambda name: re.sub(r"(h\.\d+)\.", r"\1._orig_mod.", name)),
+    "FSDP and checkpointing": renamed(
+        lambda name: (
+            "_fsdp_wrapped_module." + name.replace(".attn", "._checkpoint_wrapped_module.attn")
         )
+    ),
+    "a module around it": renamed(lambda name: f"model.{name}"),
+    "vocabulary padded to 128": resized(pad_to_multiple_of=128),
+    "one token added": resized(new_num_tokens=VOCAB_SIZE + 1),
+    "both matrices, equal": both_matrices,
+    "nn.Linear": as_nn_linear,
+    "another file name": as_file("weights.safetensors"),
+    "null in config.json": config_as(lambda c: json.dumps(c | NULL).encode()),
+    "other names in config.json": config_as(
+        lambda c: json.dumps({OTHER_NAMES.get(name, name): v for name, v in c.items()}).encode()
+    ),
+    "a BOM in config.json": config_as(lambda c: b"\xef\xbb\xbf" + json.dumps(c).encode()),
+    "no model_type": config_as(
+        lambda c: json.dumps({n: v for n, v in c.items() if n != "model_type"}).encode()
+    ),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_others_write_loads_with_equal_logits(writer, theirs, tmp_path):
+    WRITERS[writer](tmp_path, theirs)
+    shape, weights, _ = pretrained.read_pretrained(str(tmp_path))
+    assert shape == SHAPE
+    ours = ti.GPT(**shape).eval()
+    ours.load_state_dict(weights)
+    ids = torch.arange(64).view(2, 32) * 700
+    rounded = {"bfloat16": torch.bfloat16}.get(writer, torch.float32)
+    with torch.no_grad():
+        expected = copy.deepcopy(theirs).to(rounded).float()(ids).logits
+        assert torch.allclose(ours.logits(ours.features(ids)), expected, atol=1e-5)
+
+
+def test_a_file_in_a_folder_is_a_name_too(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"several models.* a\.safetensors, b\.safetensors"):
+        pretrained.read_pretrained(str(tmp_path))
+    assert pretrained.read_pretrained(str(tmp_path / "b.safetensors"))[0] == SHAPE
+
+
+def as_pytorch_bin(folder: Path, theirs):
+    theirs.config.save_pretrained(folder)
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+
+
+def without_config(folder: Path, theirs):
+    """As accelerate's save_model and save_state."""
+    save_model(theirs, str(folder / "model.safetensors"))
+
+
+def run_code_of(command: str) -> None:
+    """What `python -c CODE` at the end of a message would do, in this process."""
+    exec(shlex.split(command[command.index("python -c") :])[2], {})
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (as_pytorch_bin, "has its weights in pytorch_model.bin"),
+        (without_config, "has no config.json"),
+    ],
+)
+def test_what_cannot_be_read_comes_with_the_command_that_helps(write, words, theirs, tmp_path):
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    write(folder, theirs)
+    with pytest.raises(ValueError, match=words) as error:
+        pretrained.read_pretrained(str(folder))
+    run_code_of(str(error.value).replace("n_head=1)", "n_head=2)"))
+    _, weights, _ = pretrained.read_pretrained(str(folder))
+    assert torch.equal(weights["lm_head.weight"], theirs.lm_head.weight)
+
+
+def quantized(folder: Path, theirs):
+    tensors = {n: t.to(torch.int8) for n, t in theirs.state_dict().items() if n != "lm_head.weight"}
+    write_folder(folder, tensors)
+
+
+def adapter(folder: Path, theirs):
+    write_folder(folder, {"base_model.model.h.0.lora_A.weight": torch.ones(2, 2)})
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def two_models(folder: Path, theirs):
+    tensors = {f"{who}.{n}": t.clone() for who in "ab" for n, t in theirs.state_dict().items()}
+    tensors["b.transformer.wpe.weight"] += 1
+    write_folder(folder, tensors)
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (without("model-00001-of-00002.safetensors"), "has no model-00001-of-00002.safetensors"),
+        (quantized, "is quantized"),
+        (adapter, "is an adapter"),
+        (two_models, "two different tensors that may be transformer.wpe.weight"),
+        (lambda folder, t: t.save_pretrained(folder / "checkpoint-5"), "checkpoint-5 does"),
+        (config_as(lambda c: json.dumps(c | {"n_head": 5}).encode()), "no multiple of n_head 5"),
+        (config_as(lambda c: json.dumps(c | {"resid_pdrop": "x"}).encode()), "does not say"),
+        (config_as(lambda c: b"[]"), "not a JSON object"),
+    ],
+)
+def test_what_is_no_whole_gpt2_is_a_sentence(write, words, theirs, tmp_path):
+    write(tmp_path, theirs)
+    with pytest.raises(ValueError, match=words) as error:
+        pretrained.read_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_added_rows_and_foreign_tensors_are_left_out_and_listed(model, tmp_path):
@@ -145,15 +339,15 @@ def test_damaged_and_incomplete_folders(model, tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     assert "tokenizer is not GPT-2's" in refused()
     (tmp_path / "vocab.json").unlink()
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not JSON" in refused()
     (tmp_path / "model.safetensors").write_bytes(whole[:-10])
     assert "is damaged or cannot be read" in refused()
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
-    assert "no model.safetensors.index.json" in refused()
+    assert "has 1 of the 2 parts" in refused()
     index = {"weight_map": {"wte.weight": "../../secret.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "index.json is damaged" in refused()
-    (tmp_path / "config.json").write_text("{")
-    assert "config.json is not JSON" in refused()
 
 
 def test_an_untied_output_matrix_is_refused(model, tmp_path):
@@ -261,10 +455,10 @@ def test_a_shorter_context_and_our_own_checkpoint(workplace, data, tmp_path):
         (["--init_from", "hf", "--n_layer", "3"], ["--n_layer 3", "has n_layer 2"]),
         (["--init_from", "hf", "--model", "gpt2"], ["--model gpt2, with n_layer 12", "n_layer 2"]),
         (["--init_from", "hf", "--seq_len", "64"], ["--seq_len 64", "seq_len 32", "lower it"]),
-        (["--init_from", "./none"], ["./none does not exist"]),
-        (["--init_from", "none.pt"], ["none.pt does not exist"]),
-        (["--init_from", "data"], ["data holds neither"]),
-        (["--resume", "latest", "--init_from", "gpt2"], ["--init_from gpt2", "began with hf"]),
+        (["--init_from", "./none"], ["--init_from ./none: does not exist"]),
+        (["--init_from", "none.pt"], ["--init_from none.pt: does not exist"]),
+        (["--init_from", "data"], ["--init_from data: holds neither"]),
+        (["--resume", "latest", "--init_from", "gpt2"], ["--init_from gpt2", "has init_from hf"]),
     ],
 )
 def test_what_does_not_fit_is_named(capsys, monkeypatch, workplace, data, flags, words):
@@ -359,7 +553,7 @@ def test_the_hub_its_cache_and_no_connection(model, tmp_path):
     with hub(tmp_path / "remote", "openai-community/gpt2") as (endpoint, requests):
         first = read_from_hub("gpt2", endpoint, tmp_path / "cache")  # the alias
         assert first.returncode == 0, first.stderr
-        assert f"downloading openai-community/gpt2 from the hub: {(size - 1000) / 1e6:.1f} MB" in (
+        assert f"downloading openai-community/gpt2 from the hub: {(size - 1000) / 1e6:.2f} MB" in (
             first.stderr
         )
         assert str(SHAPE) in first.stdout and str(total)[:12] in first.stdout

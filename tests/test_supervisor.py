@@ -147,6 +147,19 @@ def test_max_hours_counts_from_the_start_of_the_program():
     assert end(program(code), 0)[0] == "--max_hours is over\n"
 
 
+def test_a_thread_that_is_at_work_keeps_a_waiting_process_from_ending():
+    """The last checkpoint, larger than the disk can take within --hang_timeout."""
+    code = BEGIN + (
+        "import threading\n"
+        "s = supervisor.Supervisor(hang_timeout=1)\n"
+        "write = lambda: [(time.sleep(0.1), s.alive()) for _ in range(30)]\n"
+        "writer = threading.Thread(target=write)\n"
+        "writer.start(); writer.join(); s.leave(0)\n"
+    )
+    process = program(code, ready=False)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
+
+
 @pytest.mark.parametrize("waiting", [False, True])
 def test_no_progress_ends_with_stacks(waiting):
     """Stuck in one place, or polling while what it waits for never comes."""

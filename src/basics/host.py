@@ -1,6 +1,7 @@
 """What the host has to give: memory and disk space."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -32,9 +33,21 @@ def available_bytes(proc="/proc", cgroups="/sys/fs/cgroup") -> int | None:
     return min(found, default=None)
 
 
-def free_bytes(folder) -> int:
-    """Free space for this user on the file system of `folder`, which need not exist yet."""
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def existing(folder) -> Path:
+    """Return the folder, or the nearest one above it that is there."""
     folder = Path(folder).absolute()
-    while not folder.exists():
+    while not folder.is_dir():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
+
+
+def free_bytes(folder) -> int:
+    """Return the free space for this user on the file system of `folder`, there or not yet."""
+    return shutil.disk_usage(existing(folder)).free

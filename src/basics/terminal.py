@@ -43,7 +43,7 @@ class Lasting:
 
     def __init__(self, stream):
         self._stream = stream
-        self.gone = False  # nobody will ever read it
+        self.lost: OSError | None = None  # why something could not be written
 
     def write(self, text: str) -> int:
         self._try(self._stream.write, text)
@@ -56,14 +56,12 @@ class Lasting:
         try:
             act(*arguments)
         except OSError as e:
-            if e.errno in _GONE and not self.gone:
-                self.gone = True  # also for what libraries write, and what is in the buffers
+            self.lost = self.lost or e
+            if e.errno in _GONE:  # also for what libraries write, and what is in the buffers
                 with contextlib.suppress(OSError, ValueError):
                     null = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(null, self._stream.fileno())
                     os.close(null)
-        except ValueError:  # closed
-            self.gone = True
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -77,6 +75,16 @@ def make_lasting() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
         if not isinstance(stream, Lasting):
             setattr(sys, name, Lasting(stream))
+
+
+def check_output() -> None:
+    """For a command whose whole work is what it prints: leave quietly when nobody reads it any
+    more, raise OSError when it cannot be written."""
+    lost = getattr(sys.stdout, "lost", None)
+    if lost is not None and lost.errno in _GONE:
+        sys.exit(0)
+    if lost is not None:
+        raise OSError(lost.errno, lost.strerror, "standard output")
 
 
 # --- Commands -------------------------------------------------------------------------------------
@@ -121,4 +129,5 @@ def print_error(error: Exception | str) -> None:
     if isinstance(error, OSError) and error.strerror:
         error = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
     sys.stdout.flush()  # what was said before comes first
-    print(marked(f"error: {error}", sys.stderr), file=sys.stderr, flush=True)
+    for line in str(error).splitlines() or [""]:
+        print(marked(f"error: {line}", sys.stderr), file=sys.stderr, flush=True)

@@ -69,62 +69,49 @@ def step_path(folder, step: int) -> Path:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def map_tensors(tree, tensor_fn: Callable, where: str = "state"):
-    """A copy of nested dicts, lists and tuples with `tensor_fn(tensor, where)` for each tensor.
+PLAIN = (type(None), bool, int, float, str, bytes)
 
-    All else must be None, bool, int, float, str or bytes, because that is what can be loaded again
-    without running code; a NumPy scalar or a Path raises TypeError here, at the save, where it is
-    a bug to fix, and not months later at the load. Subclasses of dict and tuple become plain.
+
+def map_tensors(tree, fn: Callable, where: str = "state", done: dict | None = None):
+    """Return a copy of nested dicts, lists and tuples with `fn(tensor, where)` for each tensor.
+
+    `fn` is called once for all tensors that are tied (the same memory seen the same way), so that
+    they stay tied. All else must be None, bool, int, float, str or bytes, because that is what can
+    be loaded again without running code; a NumPy scalar or a Path raises TypeError here, at the
+    save, where it is a bug to fix, and not months later at the load. Subclasses of dict and tuple
+    become plain.
     """
     import torch
 
+    done = {} if done is None else done
     if isinstance(tree, torch.Tensor):
-        return tensor_fn(tree, where)
+        begin = id(tree)
+        if type(tree) in (torch.Tensor, torch.nn.Parameter) and tree.numel():
+            begin = tree.untyped_storage().data_ptr() or begin
+        seen = (begin, tree.storage_offset(), tree.shape, tree.stride(), tree.dtype, tree.device)
+        if seen not in done:
+            done[seen] = fn(tree, where)
+        return done[seen]
     if isinstance(tree, dict):
         for key in tree:
-            if type(key) not in (str, int, float, bool, type(None)):
+            if type(key) not in PLAIN:
                 raise TypeError(f"{where} has a key of type {type(key).__name__}: {key!r}")
-        return {k: map_tensors(v, tensor_fn, f"{where}[{k!r}]") for k, v in tree.items()}
+        return {k: map_tensors(v, fn, f"{where}[{k!r}]", done) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        items = [map_tensors(v, tensor_fn, f"{where}[{i}]") for i, v in enumerate(tree)]
+        items = [map_tensors(v, fn, f"{where}[{i}]", done) for i, v in enumerate(tree)]
         return items if isinstance(tree, list) else tuple(items)
-    if type(tree) not in (type(None), bool, int, float, str, bytes):
+    if type(tree) not in PLAIN:
         raise TypeError(
             f"{where} is a {type(tree).__name__}; a checkpoint holds tensors and plain values only"
         )
     return tree
 
 
-def identity(tensor) -> tuple:
-    """Equal for tensors that are the same memory seen the same way: tied weights."""
-    return (
-        tensor.device,
-        tensor.untyped_storage().data_ptr(),
-        tensor.storage_offset(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-    )
-
-
-def _compact(state: dict) -> dict:
-    """The same state, detached, without storages that are larger than the tensors in them.
-
-    `torch.save` writes a view's whole storage: ten rows of a large matrix would cost the matrix.
-    Such views are cloned (once for all that are tied); everything else is written as it lies.
-    """
-    clones = {}
-
-    def compact(tensor, where):
-        tensor = tensor.detach()
-        if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size():
-            return tensor
-        key = identity(tensor)
-        if key not in clones:
-            clones[key] = tensor.clone()
-        return clones[key]
-
-    return map_tensors(state, compact)
+def _without_rest(tensor, where: str):
+    """Clone a view of a larger storage: `torch.save` writes the storage, and ten rows of a large
+    matrix would cost the matrix."""
+    whole = tensor.untyped_storage().nbytes() <= tensor.nbytes
+    return tensor.detach() if whole else tensor.detach().clone()
 
 
 class _SealingWriter:
@@ -134,8 +121,8 @@ class _SealingWriter:
     works in one pass because PyTorch writes its archives from front to back and never seeks.
     """
 
-    def __init__(self, file):
-        self.file, self.sha = file, hashlib.sha256()
+    def __init__(self, file, progress: Callable[[], None]):
+        self.file, self.progress, self.sha = file, progress, hashlib.sha256()
         self.held_back = b""  # the last bytes so far, as long as the last record
         self.error: OSError | None = None
 
@@ -171,27 +158,31 @@ class _SealingWriter:
                 piece = data[start : start + CHUNK]
                 self.sha.update(piece)
                 self.file.write(piece)
+                self.progress()
         except OSError as e:
             self.error = self.error or e  # torch.save hides it behind a RuntimeError
             raise
 
 
-def save(path, state: dict, info: dict | None = None) -> None:
+def save(
+    path, state: dict, info: dict | None = None, progress: Callable[[], None] = lambda: None
+) -> None:
     """Write `state` to `path` so that the file exists whole or not at all, also after a power cut.
 
     state: nested dicts, lists and tuples of tensors and plain values (see `map_tensors`).
     info: a few plain values for lists of checkpoints (step, val_loss, ...); `saved_at` is added.
+    progress: called for every piece (CHUNK at most) that is written.
     OSError: disk full (errno 28), quota, no permission...; what was there before is untouched and
     no temporary is left.
     """
     import torch
 
     path = Path(path)
-    state = _compact(state)
+    state = map_tensors(state, _without_rest)
     info = {"saved_at": time.time(), **(info or {})}
     make_folder(path.parent)
     with durable.replacing(path) as file:
-        writer = _SealingWriter(file)
+        writer = _SealingWriter(file, progress)
         try:
             torch.save(state, writer)
             writer.seal(info)
@@ -218,7 +209,7 @@ def _signature(path: Path, st: os.stat_result) -> tuple:
 
 
 def is_known_good(path: Path) -> bool:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
         return _signature(path, os.stat(path)) in _known_good
     return False
 
@@ -292,8 +283,8 @@ def saved_at(info: dict, otherwise: float) -> float:
 def verify(path) -> None:
     """Read the whole file and compare its checksum; CheckpointError names the file and the reason.
 
-    Runs at about 1 GB/s; a file of this process that has not changed since is not read again by
-    `retain`, but always here.
+    Runs at about 1 GB/s. `load` and `retain` believe it, or a save of this process, of a file that
+    has not changed since.
     """
     path = Path(path)
     with _open(path) as file:
@@ -325,7 +316,8 @@ def load(path, map_location="cpu") -> dict:
     import torch
 
     path = Path(path)
-    verify(path)
+    if not is_known_good(path):
+        verify(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     except pickle.UnpicklingError:

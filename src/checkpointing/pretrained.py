@@ -14,10 +14,12 @@ Sections: finding, the hub, shapes and names, our checkpoints, Hugging Face fold
 
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
+from basics import words
 from checkpointing import files, run_folders
 from tokens.tokenizer import VOCAB_SIZE, fingerprint, vocabulary
 
@@ -35,13 +37,14 @@ def read_pretrained(source: str, checkpoint_dir="checkpoints") -> tuple[dict, di
     """(shape, weights, notes) of a model, on the CPU in float32.
 
     source: "latest" (of `checkpoint_dir`), a checkpoint file, a run's folder of them, a Hugging
-    Face folder, an alias or an id of the hub. What is here on disk goes before the hub.
-    shape: n_layer, n_head, n_embd, seq_len. weights: a state dict with the names and layout of
-    train_improved.GPT; tensors may share memory. notes: sentences, where it is from and what did
-    not fit. ValueError: not found, damaged, not reachable, or another kind of model.
+    Face folder or a .safetensors file in one, an alias or an id of the hub. What is here on disk
+    goes before the hub. shape: n_layer, n_head, n_embd, seq_len. weights: a state dict with the
+    names and layout of train_improved.GPT; tensors may share memory. notes: sentences, where it is
+    from and what did not fit. ValueError: not found, damaged, not reachable, or another kind of
+    model.
     """
     path, notes = find(source, checkpoint_dir)
-    read = _from_hugging_face if path.is_dir() else _from_checkpoint_file
+    read = _from_hugging_face if is_hugging_face(path) else _from_checkpoint_file
     shape, weights, more = read(path)
     return shape, weights, notes + more
 
@@ -50,8 +53,8 @@ def read_pretrained(source: str, checkpoint_dir="checkpoints") -> tuple[dict, di
 
 
 def find(source: str, checkpoint_dir="checkpoints") -> tuple[Path, list[str]]:
-    """The checkpoint file or Hugging Face folder that `source` means, downloaded if need be."""
-    if source == "latest" or Path(source).exists():
+    """The checkpoint, Hugging Face folder or file that `source` means, downloaded if need be."""
+    if source == "latest" or Path(source).expanduser().exists():
         path, skipped = find_here(source, checkpoint_dir)
         notes = [f"skipped {bad}: {reason}" for bad, reason in skipped]
         return path, notes + [f"{path}, a Hugging Face folder"] * path.is_dir()
@@ -68,27 +71,63 @@ def find_here(source: str, checkpoint_dir="checkpoints") -> tuple[Path, list[tup
         if path is None:
             raise ValueError(f"no checkpoint under {checkpoint_dir}/ yet: train, or name a file")
         return path, skipped
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_dir() or is_hugging_face(path):
         return path, []
     newest, skipped = run_folders.find_latest(path)
     if newest is None:
-        raise ValueError(
-            f"{source} holds neither a checkpoint (step_*.pt) that is whole nor a Hugging Face "
-            "model (config.json and model.safetensors)"
-        )
+        raise ValueError(_nothing_in(path))
     return newest, skipped
 
 
-def is_hugging_face(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+def is_hugging_face(path: Path) -> bool:
+    """Return whether this is a folder with weights in safetensors, or such a file."""
+    return any(path.glob("*.safetensors")) if path.is_dir() else path.suffix == ".safetensors"
+
+
+OTHER_WEIGHTS = {  # files, and how transformers is told of them
+    "pytorch_model*.bin": "",
+    "tf_model.h5": ", from_tf=True",
+    "flax_model.msgpack": ", from_flax=True",
+}
+
+
+def _nothing_in(folder: Path) -> str:
+    """A sentence about a folder that holds nothing to load, with the way out where there is one."""
+    for pattern, how in OTHER_WEIGHTS.items():
+        for file in folder.glob(pattern):
+            old = " (with transformers before version 5)" * bool(how)
+            return (
+                f"{folder} has its weights in {file.name}, a kind that is never opened here; make "
+                f"them safetensors{old}: {to_safetensors(str(folder), folder, how)}"
+            )
+    said = (
+        f"{folder} holds neither a checkpoint (step_*.pt) that is whole nor a Hugging Face model "
+        "(config.json and model.safetensors)"
+    )
+    inside_it = [*folder.glob("*/*"), *folder.glob("*/*/*")]  # an output folder, a hub's cache
+    for inside in sorted(inside_it, reverse=True):
+        if inside.suffix == ".safetensors" or files.STEP_NAME.fullmatch(inside.name):
+            return f"{said}; {inside.parent} does"
+    hub = ALIASES.get(str(folder))
+    return said + f"; OpenAI's model of the hub is {hub}" * bool(hub)
+
+
+def to_safetensors(source: str, folder: Path, how: str = "") -> str:
+    """The command that makes transformers load `source` and write it to `folder`."""
+    load = f"t.GPT2LMHeadModel.from_pretrained({source!r}{how})"
+    return _python(f"import transformers as t; {load}.save_pretrained({str(folder)!r})")
+
+
+def _python(code: str) -> str:
+    """A command that can be pasted into a shell."""
+    special = re.search(r'["$`\\!]', code)
+    return f"python -c {shlex.quote(code)}" if special else f'python -c "{code}"'
 
 
 # --- The hub --------------------------------------------------------------------------------------
 
 FILES = ("config.json", "vocab.json", "model.safetensors")
-INDEX = "model.safetensors.index.json"  # of a model in several files:
-PARTS = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
@@ -109,7 +148,7 @@ def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
             folder = huggingface_hub.snapshot_download(
                 repository, local_files_only=True, allow_patterns=[*FILES]
             )
-            assert is_hugging_face(Path(folder))
+            _weight_files(Path(folder))
         except Exception:
             reason = next(iter(str(e).splitlines()), "")
             raise ValueError(
@@ -117,33 +156,29 @@ def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
                 f"{reason}): connect this machine, or bring the model's folder here and name it"
             ) from None
         return Path(folder), [f"{repository}: the hub cannot be reached, the cached copy is used"]
-    wanted = {
-        file.rfilename: file.size or 0
-        for file in found.siblings
-        if file.rfilename in (*FILES, INDEX) or PARTS.fullmatch(file.rfilename)
-    }
-    if "model.safetensors" in wanted:
-        wanted = {name: size for name, size in wanted.items() if name in FILES}
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings}
+    wanted = [name for name in FILES if name in sizes]
+    if "model.safetensors" not in sizes:  # in several files, with an index, or of another name
+        kinds = (".safetensors", ".safetensors.index.json")
+        wanted += [name for name in sizes if name.endswith(kinds) and "/" not in name]
     if "config.json" not in wanted or not any(n.endswith(".safetensors") for n in wanted):
+        command = to_safetensors(repository, Path(repository.split("/")[-1]))
         raise ValueError(
-            f"{repository} has no config.json and model.safetensors on the hub: load it with "
-            "transformers, save_pretrained it to a folder, and name that"
+            f"{repository} has no config.json and model.safetensors on the hub: make them with "
+            f"{command}, and name that folder"
         )
     missing = sum(
-        size
-        for name, size in wanted.items()
+        sizes[name]
+        for name in wanted
         if not isinstance(
             huggingface_hub.try_to_load_from_cache(repository, name, revision=found.sha), str
         )
     )
     if missing:
-        print(
-            f"downloading {repository} from the hub: {missing / 1e6:,.1f} MB",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"downloading {repository} from the hub: {words.size(missing)}"
+        print(said, file=sys.stderr, flush=True)
     try:
-        folder = huggingface_hub.snapshot_download(repository, allow_patterns=list(wanted))
+        folder = huggingface_hub.snapshot_download(repository, allow_patterns=wanted)
     except Exception as e:  # cut off, no space...
         reason = next(iter(str(e).splitlines()), "")
         raise ValueError(
@@ -210,61 +245,90 @@ def from_checkpoint(checkpoint: dict, path) -> tuple[dict, dict]:
 
 # --- Hugging Face folders -------------------------------------------------------------------------
 
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+# What torch.compile, DDP, FSDP and activation checkpointing put into names.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-def _from_hugging_face(folder: Path) -> tuple[dict, dict, list[str]]:
-    """A folder with config.json and model.safetensors, as transformers writes it."""
-    import safetensors
+
+def _from_hugging_face(path: Path) -> tuple[dict, dict, list[str]]:
+    """A folder with config.json and weights in safetensors, or one such file in it."""
     import torch
 
-    config = _read_json(folder / "config.json")
-    shape, notes = _check_config(folder, config)
+    folder = path if path.is_dir() else path.parent
+    stored = _read_tensors(_weight_files(path))
+    tensors, unused = {}, []
+    for name, tensor in stored.items():
+        ours = _our_name(name)
+        if ours in tensors and not torch.equal(tensors[ours], tensor):
+            raise ValueError(f"{path} holds two different tensors that may be {ours}")
+        tensors[ours] = tensor
+    shape, notes = _check_config(folder, tensors)
     notes += _check_vocabulary(folder)
-    tensors, unused, dtypes = {}, [], Counter()
     expected = parameter_shapes(**shape)
-    try:
-        for part in _weight_files(folder):
-            with safetensors.safe_open(part, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118 (it is no dict)
-                    name = stored
-                    if not stored.startswith(("transformer.", "lm_head.")):
-                        name = f"transformer.{stored}"  # OpenAI's own, on the hub
-                    if name not in expected and name != "lm_head.weight":
-                        unused.append(stored)
-                        continue
-                    tensor = file.get_tensor(stored)
-                    dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
-                    if name.endswith(TRANSPOSED):
-                        tensor = tensor.T
-                    tensors[name] = tensor.to(torch.float32).contiguous()
-    except (safetensors.SafetensorError, OSError) as e:
-        reason = next(iter(str(e).splitlines()), type(e).__name__)
-        raise ValueError(f"{folder} is damaged or cannot be read: {reason}") from None
-
-    wte = "transformer.wte.weight"
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and wte in tensors and not torch.equal(head, tensors[wte]):
+    unused = [name for name in stored if _our_name(name) not in (*expected, HEAD)]
+    tensors = {name: t for name, t in tensors.items() if name in (*expected, HEAD)}
+    if whole := [name for name, t in tensors.items() if not t.is_floating_point()]:
         raise ValueError(
-            f"{folder}: its output matrix (lm_head.weight) differs from its embedding, in GPT-2 "
+            f"{path} is quantized ({whole[0]} is {tensors[whole[0]].dtype}): load it with "
+            "transformers, dequantize() and save_pretrained() it, and name that folder"
+        )
+
+    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
+    notes += [f"{n} tensors in {d}: made float32" for d, n in dtypes.items() if d != "float32"]
+    head = tensors.pop(HEAD, None)
+    wte = tensors.setdefault(WTE, head)  # tied: some writers keep the one name, some the other
+    if wte is None:
+        del tensors[WTE]
+    elif head is not None and not torch.equal(head[:VOCAB_SIZE], wte[:VOCAB_SIZE]):
+        raise ValueError(
+            f"{path}: its output matrix (lm_head.weight) differs from its embedding, in GPT-2 "
             "they are one matrix: it cannot be loaded here"
         )
-    rows = len(tensors[wte]) if wte in tensors else VOCAB_SIZE
-    if rows > VOCAB_SIZE:
-        tensors[wte] = tensors[wte][:VOCAB_SIZE].clone()
-        notes.append(f"{rows - VOCAB_SIZE} rows of the vocabulary beyond {VOCAB_SIZE:,}: left out")
+    elif len(wte) > VOCAB_SIZE:
+        notes.append(f"{len(wte) - VOCAB_SIZE} rows of the vocabulary beyond {VOCAB_SIZE:,}: "
+                     "left out")  # fmt: skip
+        tensors[WTE] = wte[:VOCAB_SIZE].clone()
+    qkv = tensors.get("transformer.h.0.attn.c_attn.weight")
+    linear = qkv is not None and tuple(qkv.shape) == expected["transformer.h.0.attn.c_attn.weight"]
+    for name, tensor in tensors.items():  # else as Hugging Face's Conv1D has them, (in, out)
+        turned = tensor.T if name.endswith(TRANSPOSED) and not linear else tensor
+        tensors[name] = turned.to(torch.float32).contiguous()
     try:
         _check_tensors({name: t.shape for name, t in tensors.items()}, shape)
     except ValueError as e:
-        raise ValueError(f"{folder} is not a whole GPT-2: {e}") from None
-    for dtype, count in dtypes.items():
-        if dtype != "float32":
-            notes.append(f"{count} tensors in {dtype}: made float32")
-    notes += _unused(unused)
-    return shape, tensors | {"lm_head.weight": tensors[wte]}, notes
+        raise ValueError(f"{path} is not a whole GPT-2: {e}") from None
+    return shape, tensors | {HEAD: tensors[WTE]}, notes + _unused(unused)
+
+
+def _our_name(stored: str) -> str:
+    """A stored tensor's name in train_improved.GPT, without what others put around it:
+    "module._orig_mod.h.0.ln_1.bias" -> "transformer.h.0.ln_1.bias"."""
+    parts = [part for part in stored.split(".") if part not in WRAPPERS]
+    for i, part in enumerate(parts):
+        if part in ("wte", "wpe", "h", "ln_f"):
+            return ".".join(["transformer", *parts[i:]])
+        if part == "lm_head":
+            return ".".join(parts[i:])
+    return stored
+
+
+def _read_tensors(paths: list[Path]) -> dict:
+    import safetensors
+
+    found = {}
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as e:
+            reason = next(iter(str(e).splitlines()), type(e).__name__)
+            raise ValueError(f"{path} is damaged or cannot be read: {reason}") from None
+    return found
 
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     except ValueError:
@@ -274,29 +338,77 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the parts that the index of a larger model names."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    index = folder / INDEX
-    if not index.exists():
-        raise ValueError(f"{folder} has parts of a model, but no {index.name} that names them")
-    names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
-    if not names or not all(PARTS.fullmatch(name) for name in names):
-        raise ValueError(f"{index} is damaged: no names of parts")
-    return [folder / name for name in names]
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files that are one model; ValueError if that is not clear."""
+    if not path.is_dir():
+        return [path]
+    if (path / "adapter_config.json").exists():
+        raise ValueError(
+            f"{path} is an adapter (PEFT): merge_and_unload() it into its model, save_pretrained() "
+            "that, and name that folder"
+        )
+    names = {p.name for p in path.glob("*.safetensors")}
+    if "model.safetensors" in names:
+        return [path / "model.safetensors"]
+    parts = [re.search(r"-\d+-of-(\d+)", name) for name in names]
+    wanted = names
+    if index := sorted(path.glob("*.safetensors.index*.json")):
+        weight_map = _read_json(index[0]).get("weight_map")
+        wanted = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not wanted or any(Path(name).name != name for name in wanted):
+            raise ValueError(f"{index[0]} is damaged: no names of parts")
+    elif len(names) > 1 and not all(parts):
+        several = ", ".join(sorted(names))
+        raise ValueError(f"{path} holds several models, name one of the files: {several}")
+    elif parts[0] and int(parts[0][1]) != len(names):
+        raise ValueError(f"{path} has {len(names)} of the {int(parts[0][1])} parts of its model")
+    if missing := sorted(wanted - names):
+        raise ValueError(f"{path} has no {missing[0]}, a part of its model")
+    return [path / name for name in sorted(wanted)]
 
 
-def _check_config(folder: Path, config: dict) -> tuple[dict, list[str]]:
+# Other names of what a configuration says, as transformers knows them.
+CONFIG_NAMES = {
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "seq_len": ("n_positions", "max_position_embeddings", "n_ctx"),
+}
+
+
+def _read_config(folder: Path, shape: dict) -> dict:
+    """config.json without what it leaves open (null). shape: as the tensors have it."""
+    if not (folder / "config.json").exists():
+        sizes = f"n_layer={shape['n_layer']}, n_embd={shape['n_embd']}, n_positions="
+        sizes += f"{shape['seq_len']}, n_head={max(1, shape['n_embd'] // 64)}"
+        code = f"import transformers as t; t.GPT2Config({sizes}).save_pretrained({str(folder)!r})"
+        raise ValueError(
+            f"{folder} has no config.json, which says how many heads the model has; write it with "
+            f"your number in: {_python(code)}"
+        )
+    content = _read_json(folder / "config.json")
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _check_config(folder: Path, tensors: dict) -> tuple[dict, list[str]]:
     """Shape and notes; ValueError names everything that makes it another model than GPT-2."""
-    if config.get("model_type") != "gpt2":
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    rows, columns = getattr(tensors.get("transformer.wpe.weight"), "shape", (1024, 768))
+    shape = {"n_layer": len(layers), "n_head": 12, "n_embd": columns, "seq_len": rows}
+    config = _read_config(folder, shape)
+    named = config.get("architectures")
+    guess = "gpt2" if named and str(named[0]).startswith("GPT2") else None
+    if config.get("model_type", guess) != "gpt2":
         raise ValueError(
             f"{folder}: its model_type is {config.get('model_type')!r}, only 'gpt2' can be loaded"
         )
     try:
-        shape = {name: int(config[name]) for name in ("n_layer", "n_head", "n_embd")}
-        shape["seq_len"] = int(config["n_positions"])
-    except (KeyError, TypeError, ValueError):
+        for name, names in CONFIG_NAMES.items():
+            said = [config[other] for other in names if other in config]
+            shape[name] = int(said[0]) if said else shape[name]
+        rates = [float(config.get(f"{part}_pdrop", 0.1)) for part in ("resid", "embd", "attn")]
+        vocab_size = int(config.get("vocab_size", VOCAB_SIZE))
+    except (TypeError, ValueError):
         raise ValueError(f"{folder}/config.json does not say n_layer, n_head ...") from None
     tanh = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one function
     allowed = {  # what transformers takes where the file is silent comes first
@@ -305,7 +417,6 @@ def _check_config(folder: Path, config: dict) -> tuple[dict, list[str]]:
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
         "n_inner": (None, 4 * shape["n_embd"]),
     }
     wrong = [
@@ -313,11 +424,12 @@ def _check_config(folder: Path, config: dict) -> tuple[dict, list[str]]:
         for name, values in allowed.items()
         if config.get(name, values[0]) not in values
     ]
-    if config.get("vocab_size", VOCAB_SIZE) < VOCAB_SIZE:
-        wrong.append(f"vocab_size is {config['vocab_size']} and not {VOCAB_SIZE}")
+    if vocab_size < VOCAB_SIZE:
+        wrong.append(f"vocab_size is {vocab_size} and not {VOCAB_SIZE}")
+    if shape["n_head"] < 1 or shape["n_embd"] % shape["n_head"]:
+        wrong.append(f"n_embd {shape['n_embd']} is no multiple of n_head {shape['n_head']}")
     if wrong:
         raise ValueError(f"{folder} is not GPT-2 as published: {', '.join(wrong)}")
-    rates = [config.get(f"{part}_pdrop", 0.1) for part in ("resid", "embd", "attn")]
     if any(rates):
         return shape, [f"dropout ({max(rates):g} in its config.json): there is none here"]
     return shape, []
@@ -329,8 +441,9 @@ def _check_vocabulary(folder: Path) -> list[str]:
     if (folder / "vocab.json").exists():
         tokens = _read_json(folder / "vocab.json")
     elif (folder / "tokenizer.json").exists():
-        tokens = _read_json(folder / "tokenizer.json").get("model", {}).get("vocab")
-    if tokens is None:
+        model = _read_json(folder / "tokenizer.json").get("model")
+        tokens = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(tokens, dict):
         return ["it has no tokenizer files: taken to be GPT-2's"]
     for token, number in vocabulary().items():
         if tokens.get(token) != number:

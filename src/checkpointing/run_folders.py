@@ -85,11 +85,9 @@ def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, 
 
 
 def run_folders(checkpoint_dir) -> list[Path]:
-    """The folders in `checkpoint_dir`, by name; links are not followed."""
+    """The folders in `checkpoint_dir`, by name, those behind links too."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(
-            p for p in Path(checkpoint_dir).iterdir() if p.is_dir() and not p.is_symlink()
-        )
+        return sorted(p for p in Path(checkpoint_dir).iterdir() if p.is_dir())
     return []
 
 
@@ -114,25 +112,31 @@ def retain(
     """Delete old checkpoints in `folder`; returns a warning for each that could not be deleted.
 
     Kept are the `keep_last` highest steps (0: all), multiples of `keep_every` (0: none for that
-    reason), the one with the lowest `val_loss` in its info, `stable_step` (where a run can be
-    extended), the file written last (after a roll-back it is not the highest step), and at least
-    one that verifies. Only regular files with
-    our name and our comment are ever deleted, and only those count. What this process wrote or
-    verified is not hashed again.
+    reason), the one with the lowest `val_loss` in its info (on the `data` of the newest),
+    `stable_step` (where a run can be extended), the file written last (after a roll-back it is not
+    the highest step), and at least one that verifies. Only regular files with our name and our
+    comment are ever deleted, and only those count. What this process wrote or verified is not
+    hashed again.
     """
-    ours, losses = [], {}
+    ours, infos = [], {}
     for candidate in list_checkpoints(folder):
         with contextlib.suppress(CheckpointError):
-            loss = read_info(candidate.path).get("val_loss")
+            info = read_info(candidate.path)
             if not candidate.path.is_symlink():
                 ours.append(candidate)
-                if isinstance(loss, float) and math.isfinite(loss):
-                    losses[candidate.step] = loss
+                infos[candidate.step] = info
     if keep_last <= 0 or len(ours) <= keep_last:
         return []
     keep = {c.step for c in ours[-keep_last:]}
     keep |= {c.step for c in ours if keep_every > 0 and c.step % keep_every == 0}
-    keep |= {stable_step, max(ours, key=lambda c: c.mtime).step}
+    newest = max(ours, key=lambda c: c.mtime).step
+    losses = {
+        step: info["val_loss"]
+        for step, info in infos.items()
+        if isinstance(info.get("val_loss"), float) and math.isfinite(info["val_loss"])
+        if info.get("data") in (None, infos[newest].get("data"))  # losses on other text differ
+    }
+    keep |= {stable_step, newest}
     keep |= {min(losses, key=losses.get)} if losses else set()
     if not any(is_known_good(c.path) for c in ours if c.step in keep):
         whole, _ = _first_whole(ours[::-1])
@@ -169,8 +173,8 @@ def validate_run_name(name: str) -> str:
     """The name itself, or ValueError if it could be anything but one folder's name."""
     if not RUN_NAME.fullmatch(name):
         raise ValueError(
-            f"run name {name!r} is not allowed: use 1 to 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit"
+            f"--run_name {name!r}: use 1 to 100 letters, digits, '.', '_' and '-', beginning with "
+            "a letter or digit"
         )
     return name
 
@@ -180,7 +184,10 @@ def run_folder(base, name: str) -> Path:
     folder = Path(base) / validate_run_name(name)
     resolved, inside = folder.resolve(), Path(base).resolve()
     if resolved == inside or not resolved.is_relative_to(inside):
-        raise ValueError(f"{folder} is a link to {resolved}, outside {inside}: remove the link")
+        raise ValueError(
+            f"--run_name {name}: {folder} is a link to {resolved}, outside {inside}: move the "
+            f"link one level up (let {base} be the link), or name that folder's parent instead"
+        )
     return folder
 
 
@@ -204,8 +211,9 @@ class RunLock:
         self.path: Path | None = None
         self.fd: int | None = None
 
-    def acquire(self, folder) -> "RunLock":
-        """Take the lock of `folder`; ValueError names the host and the process that have it."""
+    def acquire(self, folder, patience: float = 0.0) -> "RunLock":
+        """Take the lock of `folder`, which another process may hold for `patience` seconds more;
+        then ValueError names its host and number."""
         assert self.fd is None
         if fcntl is None:
             return self
@@ -228,6 +236,10 @@ class RunLock:
                 if e.errno in (errno.EACCES, errno.EAGAIN):
                     holder = self._holder(fd)
                     os.close(fd)
+                    if patience > 0:
+                        time.sleep(1)
+                        patience -= 1
+                        continue
                     raise ValueError(
                         f"{folder} is in use by {holder}: stop it or choose another --run_name"
                     ) from None
@@ -237,7 +249,7 @@ class RunLock:
                 raise
             os.close(fd)
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        content["job"] = launcher()
+        content["job"] = torchrun_job()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
         self.fd, self.path = fd, path
@@ -266,16 +278,18 @@ class RunLock:
             self.fd = self.path = None
 
 
-def launcher() -> str | None:
-    """What the torchrun that started this process is called, the same over all its restarts."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{run_id} {socket.gethostname()} {os.getppid()}" if run_id is not None else None
+def torchrun_job() -> str | None:
+    """What --rdzv_id calls the job that this process belongs to, if it does."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job
 
 
-def run_of_launcher(checkpoint_dir) -> str | None:
-    """Name of the run whose folder an earlier attempt of our torchrun claimed, if there is one."""
-    for folder in run_folders(checkpoint_dir) if launcher() else ():
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if json.loads((folder / ".lock").read_bytes()).get("job") == launcher():
-                return folder.name
-    return None
+def run_of_job(checkpoint_dir) -> str | None:
+    """Name of the run whose folder a process of our job claimed last, if one did."""
+    found = []
+    for folder in run_folders(checkpoint_dir) if torchrun_job() else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+            content = json.loads((folder / ".lock").read_bytes())
+            if content.get("job") == torchrun_job():
+                found.append((content["time"], folder.name))
+    return max(found)[1] if found else None

@@ -221,6 +221,7 @@ class RunReader:
         self.scalars: dict[str, Series] = defaultdict(Series)  # by tag
         self.texts: dict[str, dict[int, str]] = defaultdict(dict)  # tag -> step -> text
         self.hparams: dict[str, object] = {}
+        self.finished = False  # as the HParams tab says
         self._places: dict[Path, Place] = {}
         self._kinds: dict[str, str] = {}  # plugin of a tag: some writers say it only once
 
@@ -264,6 +265,7 @@ class RunReader:
 
     def _take(self, event: Event) -> None:
         if event.session_log.status == SessionLog.START:  # what stands from its step on is void
+            self.finished = False
             for series in self.scalars.values():
                 series.drop_from(event.step)
             for tag, texts in self.texts.items():
@@ -280,6 +282,8 @@ class RunReader:
             elif kind == "text" and value.tensor.string_val:
                 text = b"\n".join(value.tensor.string_val).decode("utf-8", "replace")
                 self.texts[value.tag.removesuffix("/text_summary")][event.step] = text
+            elif value.tag == hparams_metadata.SESSION_END_INFO_TAG:
+                self.finished = True
             elif value.tag == hparams_metadata.SESSION_START_INFO_TAG:
                 start = HParamsPluginData.FromString(plugin.content).session_start_info
                 for key, item in start.hparams.items():

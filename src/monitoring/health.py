@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from training import sharding
+
 # --- Checks ---------------------------------------------------------------------------------------
 # The one table of warnings. TENSORBOARD_GUIDE.md has the same rows in the same words (a test
 # compares them).
@@ -152,8 +154,10 @@ class UpdateNorms:
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        self.params = [p.detach() for p in model.parameters()]
-        factors = [decay.get(id(p), 1.0) for p in model.parameters()]
+        params = list(model.parameters())
+        self.sharded = sharding.is_sharded(model)  # then all processes measure
+        self.params = [sharding.local(p.detach()) for p in params]
+        factors = [decay.get(id(p), 1.0) for p in params]
         self.kept = torch._foreach_mul(self.params, factors)
 
     def measure(self) -> torch.Tensor:
@@ -161,7 +165,12 @@ class UpdateNorms:
         torch._foreach_sub_(self.kept, self.params)
         norms = [*torch._foreach_norm(self.kept), *torch._foreach_norm(self.params)]
         self.kept = None
-        return torch.stack(norms).float()
+        norms = torch.stack(norms).float()
+        if self.sharded:
+            norms = norms.square()
+            torch.distributed.all_reduce(norms)
+            norms = norms.sqrt()
+        return norms
 
 
 def layer_of(parameter: str) -> str:
@@ -251,13 +260,13 @@ class Health:
         self, validation_loss: float | None, hellaswag: float | None
     ) -> list[tuple[Check, str]]:
         """Take an evaluation after run.state.step into account; None: was not due."""
-        state, cfg = self.run.state, self.run.cfg
+        state = self.run.state
         memory, said = state.health_memory, []
         again = state.position >= self.run.train_data.num_windows  # before that nothing is repeated
         if validation_loss is not None and again and len(memory["losses"]) == CHECK_EVERY:
             gap = validation_loss - statistics.median(memory["losses"])
             said += self._judge("overfitting", gap)
-        if hellaswag is not None and state.step * cfg.total_batch_size >= HELLASWAG_TOKENS:
+        if hellaswag is not None and state.tokens >= HELLASWAG_TOKENS:
             memory["accuracies"] = [*memory["accuracies"], hellaswag][-HELLASWAG_OVER:]
             if len(memory["accuracies"]) == HELLASWAG_OVER:
                 error = math.sqrt(0.25 * 0.75 / len(self.run.hellaswag_items))

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import statistics
 import sys
+import time
 from collections import deque
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from basics import words
 from basics.words import marked
 from checkpointing import run_folders
-from monitoring import energy, health, jsonl_log, summary
+from monitoring import energy, health, jsonl_log, notify, summary
+from training import sharding
 
 
 def due(freq: int, state, cfg) -> bool:
@@ -73,9 +75,9 @@ class Monitor:
     LINE_EVERY = 10  # steps between lines where there is no progress bar
     BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {postfix}"  # fits into 80 columns
 
-    def __init__(self, run, peak_flops: float):
+    def __init__(self, run, peak_flops: float, addresses: notify.Addresses):
         cfg, state = run.cfg, run.state
-        self.cfg, self.active = cfg, run.dist.is_main
+        self.cfg, self.state, self.active = cfg, state, run.dist.is_main
         self.peak_flops = peak_flops * run.dist.world_size
         self.flops_per_token = run.model.flops_per_token()
         self.tensorboard, self.json_lines, self.lines_from = NoLog(), NoLog(), state.step
@@ -89,8 +91,10 @@ class Monitor:
             disable=not self.has_bar,
         )
         self.recent_seconds = deque(maxlen=100)  # of steps: the time that is left is not their last
+        self.outside, self.best_hellaswag = NoLog(), state.hellaswag
         if not self.active:
             return
+        self.outside = notify.Outside(addresses, cfg.run_name, self.say)
         self.health = health.Health(run, summary.speed_depends_on(run))
         self.meter = energy.EnergyMeter(run.dist.device)
         self.folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
@@ -131,6 +135,30 @@ class Monitor:
         else:
             print(f"{datetime.now():%m-%d %H:%M:%S}  {marked(text)}", flush=True)
 
+    def tell(self, event: str, text: str) -> None:
+        """Print a text, and tell it to whom --notify names."""
+        self.say(text)
+        self.outside.tell(event, text, self.state.step)
+
+    def begin(self, run) -> None:
+        """Tell that training begins, and from where."""
+        cfg, step = self.cfg, self.state.step
+        text = f"{cfg.model}, {cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens, on "
+        text += f"{run.dist.world_size} x {summary.device_name(run.dist.device)}"
+        if run.resumed_from is not None:
+            age = words.duration(time.time() - run.resumed_from.stat().st_mtime)
+            text += f"; from step {step:,} of {run.resumed_from}, saved {age} ago: what came after "
+            text += "it is done again"
+        self.outside.start("resumed" if run.resumed_from else "started", text, step)
+
+    def leave(self, event: str, text: str, well: bool) -> None:
+        """Tell how the run ended; `well`: as somebody wanted."""
+        self.outside.end(event, text, self.state.step, well)
+
+    def announce(self, text: str) -> None:
+        """Take a word from what runs behind the loop; a warning is told, too."""
+        self.tell("not saved", text) if text.startswith("WARNING") else self.say(text)
+
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.tensorboard.scalars(values, step)
         self.json_lines.scalars(values, step)
@@ -153,10 +181,11 @@ class Monitor:
 
     def print_and_log_warnings(self, warnings: list[tuple[health.Check, str]], step: int) -> None:
         """Those about speed have a tag of their own: two equal runs differ in them."""
+        for check, text in warnings:
+            begins = text.startswith("WARNING")
+            self.tell(f"{'warning' if begins else 'over'}: {check.name}", text)
         for timed, tag in ((False, "Health/warnings"), (True, "Performance/warnings")):
             texts = [text for check, text in warnings if check.timed == timed]
-            for text in texts:
-                self.say(text)
             if texts:
                 self.tensorboard.text(tag, "\n".join(texts), step)
 
@@ -184,7 +213,7 @@ class Monitor:
             "Performance/eta_hours": left / 3600,
             "Performance/goodput": state.train_seconds / max(state.total_seconds, 1e-9),
             "Training/epoch": state.position / run.train_data.num_windows,
-            "Training/tokens": state.step * cfg.total_batch_size,
+            "Training/tokens": state.tokens,
             "Training/skipped_updates": state.skipped_updates,
             "Training/rollbacks": state.rollbacks,
         }
@@ -198,6 +227,7 @@ class Monitor:
             values |= self.warnings_and_cost(run)
         self.scalars(values, state.step)
         self.print_and_log_warnings(warnings, state.step)
+        self.outside.step(state.step, loss, seconds, lambda: self.numbers(loss, rate, left))
         time_left = words.duration(left)
         if self.has_bar:
             self.bar.set_postfix_str(
@@ -210,6 +240,16 @@ class Monitor:
                 f"| norm {norm:.2f} | {1000 * seconds:,.0f} ms | {rate:,.0f} tok/s "
                 f"| {time_left} left"
             )
+
+    def numbers(self, loss: float, rate: float, left: float) -> str:
+        """Return where the run is, for a digest."""
+        state = self.state
+        text = f"step {state.step:,} of {self.cfg.max_steps:,}, loss {loss:.4f}"
+        if math.isfinite(state.validation_loss):
+            text += f", validation loss {state.validation_loss:.4f}"
+        if state.hellaswag >= 0:
+            text += f", HellaSwag {state.hellaswag:.4f}"
+        return f"{text}; {rate:,.0f} tokens/s, {words.duration(left)} left"
 
     def evaluation(self, run, by_position, texts: list[str], seconds: float) -> None:
         """What `evaluate` found at this step: validation loss (T,) or None, samples."""
@@ -228,6 +268,11 @@ class Monitor:
         if scored:
             values["Evaluation/hellaswag_accuracy"] = state.hellaswag
             line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
+        if by_position is not None and state.validation_loss == state.best_loss:
+            self.outside.best("validation loss", state.step, state.best_loss)
+        if scored and state.hellaswag > self.best_hellaswag:
+            self.best_hellaswag = state.hellaswag
+            self.outside.best("HellaSwag", state.step, state.hellaswag)
         loss = None if by_position is None else state.validation_loss
         warnings = self.health.evaluation(loss, state.hellaswag if scored else None)
         self.scalars(values | self.warnings_and_cost(run), state.step)
@@ -247,7 +292,15 @@ class Monitor:
             tensors[f"Parameters/{name}"] = p.detach()
             if p.grad is not None:
                 tensors[f"Gradients/{name}"] = p.grad
+        if sharding.is_sharded(model):  # on all ranks: put together, for rank 0, on its host
+            tensors = {name: self._gathered(tensor) for name, tensor in tensors.items()}
+        if not self.active:
+            return
         self.tensorboard.histograms(tensors, step)
+
+    def _gathered(self, tensor):
+        tensor = sharding.whole(tensor)
+        return tensor.cpu() if self.active else None
 
     def rewind(self, first_step: int) -> None:
         """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""

@@ -15,9 +15,11 @@ answers with an error costs a line in the log now and then.
 
 import contextlib
 import io
+import math
 import os
 import queue
 import re
+import shlex
 import socket
 import statistics
 import subprocess
@@ -33,7 +35,8 @@ from dataclasses import dataclass, field
 
 # --- Targets and their secrets --------------------------------------------------------------------
 
-COMMAND = re.compile(r"cmd:\s*(.+)", re.S)
+COMMAND = re.compile(r"cmd:\s+(.+)", re.S)
+
 UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -129,9 +132,10 @@ def apprise_sender(flag: str, target: str, address: str) -> Callable[[Message], 
             "https://github.com/caronc/apprise/wiki"
         )
 
+    service.request_rate_per_sec = 0  # the Notifier's own rate is lower
+
     def send(message: Message) -> None:
-        kinds = {"warning": "warning", "finished": "success", "over": "success"}
-        kind = kinds.get(message.event, "failure" if message.event in FAILURES else "info")
+        kind = KINDS.get(message.event.split(":")[0], "info")
         with tempfile.TemporaryDirectory() as folder:
             picture = None
             if message.picture and service.attachment_support:
@@ -159,7 +163,9 @@ def senders(targets: list[str], run_name: str) -> list[tuple[str, Callable[[Mess
     return found
 
 
-FAILURES = ("gave up", "crashed", "not saved")
+# What services show in another colour.
+KINDS = {"warning": "warning", "finished": "success", "over": "success"}
+KINDS |= dict.fromkeys(("gave up", "crashed", "not saved"), "failure")
 
 
 class Notifier:
@@ -171,7 +177,7 @@ class Notifier:
 
     BURST, REFILL = 10, 60.0  # messages at once; seconds until one more may go
     AGAIN = 600.0  # seconds between two messages of one kind, but for those in ALWAYS
-    ALWAYS = ("started", "resumed", "finished", "stopped", "gave up", "crashed", "over", "test")
+    ALWAYS = ("started", "resumed", "finished", "stopped", "gave up", "crashed", "test")
     TIMEOUT = 30.0  # seconds for a service
     FAREWELL = 10.0  # seconds that the end of the program waits for the last message
 
@@ -427,3 +433,93 @@ def chart(losses: list[tuple[int, float]]) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
+
+
+# --- For the monitor ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where messages and heartbeats go, checked. The only place that holds them in clear."""
+
+    targets: list[tuple[str, Callable[[Message], None]]]
+    heartbeat: str | None
+    every: float  # seconds between digests
+
+
+NOBODY = Addresses([], None, math.inf)
+
+
+def take_addresses(typed: dict, in_file: dict) -> Addresses:
+    """Return where --notify and --heartbeat go, and leave of them in both {flag: value} what anyone
+    may read. ValueError for an address that cannot work."""
+    values = in_file | typed
+    targets = split_targets(values.get("notify") or "")
+    heartbeat = values.get("heartbeat")
+    found = Addresses(
+        senders(targets, values.get("run_name") or "training"),
+        heartbeat and check_url("--heartbeat", heartbeat),
+        seconds_of("--notify_every", values.get("notify_every", "24h")),
+    )
+    for where in (typed, in_file):
+        if where.get("notify"):
+            where["notify"] = shlex.join(map(redacted, split_targets(where["notify"])))
+        if where.get("heartbeat"):
+            where["heartbeat"] = redacted(where["heartbeat"])
+    return found
+
+
+def split_targets(text: str) -> list[str]:
+    """Return the targets of --notify, which are words of a shell, or one command as it is."""
+    return [text] if COMMAND.fullmatch(text) else shlex.split(text)
+
+
+def try_out(addresses: Addresses) -> list[tuple[str, str | None]]:
+    """Send a test message to every target -> [(what may be printed of it, what went wrong)]."""
+    found, text = [], "A test: this is how the run will speak to you."
+    for name, send in addresses.targets:
+        try:
+            send(Message("test", "training: test", text))
+            found.append((name, None))
+        except Exception as error:  # whatever a service, or its library, can think of
+            found.append((name, type(error).__name__))
+    return found
+
+
+class Outside:
+    """Everything that leaves this machine: messages, heartbeats, the digest now and then."""
+
+    def __init__(self, addresses: Addresses, run_name: str, announce: Callable[[str], None]):
+        self.notifier = Notifier(addresses.targets, run_name, announce)
+        self.heartbeat = Heartbeat(addresses.heartbeat, announce)
+        self.digest, self.slowdown = Digest(addresses.every), Slowdown()
+
+    def tell(self, event: str, text: str, step: int = 0) -> None:
+        self.notifier.tell(event, text, step)
+
+    def start(self, event: str, text: str, step: int) -> None:
+        """Tell that training begins."""
+        self.tell(event, text, step)
+        self.heartbeat.start()
+
+    def step(self, step: int, loss: float, seconds: float, numbers: Callable[[], str]) -> None:
+        """Take a finished step into account; `numbers()` is the text of a digest."""
+        self.heartbeat.step()
+        if not self.notifier.targets:
+            return
+        self.digest.step(step, loss)
+        if news := self.slowdown.step(seconds):
+            self.tell("slow", news, step)
+        if self.digest.is_due():
+            text, draw = self.digest.take(numbers())
+            self.notifier.tell("digest", text, step, draw)
+
+    def best(self, name: str, step: int, value: float) -> None:
+        """Keep a new best value for the next digest."""
+        self.digest.best[name] = (step, value)
+
+    def end(self, event: str, text: str, step: int, well: bool) -> None:
+        """Tell how it ended; wait a few seconds for that, and no longer."""
+        self.tell(event, text, step)
+        self.heartbeat.end(well)
+        self.notifier.close()

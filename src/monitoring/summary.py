@@ -5,8 +5,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,16 +20,24 @@ import numpy as np
 import torch
 
 from basics import durable, host, words
-from checkpointing import files as checkpoint_files
 from checkpointing import run_folders
+from monitoring import notify
 from training import memory as step_memory
+
+
+def watching(cfg) -> str:
+    """Return how to see the charts as they are. Smoothing, 0.6 unless an address says otherwise,
+    averages over points: a validation loss, which has few, would be drawn above its values."""
+    address = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+    return f"tensorboard --logdir={shlex.quote(cfg.tensorboard_dir)} and {address}"
 
 
 def plan(run) -> str:
     """The start-up summary: what will happen, in the order in which a person would check it."""
     cfg, dist, data = run.cfg, run.dist, run.train_data
     epoch_steps = data.num_tokens // cfg.total_batch_size
-    total_tokens = cfg.max_steps * cfg.total_batch_size
+    rest = (cfg.max_steps - run.state.step) * cfg.total_batch_size
+    epochs = (run.state.position * cfg.seq_len + rest) / data.num_tokens
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
     memory = step_memory.of_run(run)
@@ -46,8 +56,8 @@ def plan(run) -> str:
         f"{val_windows * cfg.seq_len:,} of {run.val_data.num_tokens:,}",
         "batch": f"{cfg.total_batch_size:,} tokens a step = {dist.world_size} process(es) x "
         f"{accumulation} micro-batch(es) x {cfg.micro_batch_size} sequences x {cfg.seq_len} tokens",
-        "length": f"{cfg.max_steps:,} steps = {total_tokens:,} tokens = "
-        f"{total_tokens / data.num_tokens:.2f} epochs ({epoch_steps:,} steps each)",
+        "length": f"{cfg.max_steps:,} steps = {run.state.tokens + rest:,} tokens = "
+        f"{epochs:.2f} epochs ({epoch_steps:,} steps each)",
         "schedule": f"warm-up {cfg.warmup_steps:,} steps to {cfg.max_lr:g}, then "
         f"{decay(cfg)} to {cfg.min_lr:g}",
         "optimizer": f"{optimizer(cfg)}, weight decay {cfg.weight_decay} on matrices, "
@@ -63,6 +73,8 @@ def plan(run) -> str:
         f"{Path(cfg.tensorboard_dir, cfg.run_name)}"
         + (f" (about {log_bytes(run) / 1e6:,.1f} MB)" if cfg.use_tensorboard else ""),
     }
+    if cfg.use_tensorboard:
+        rows["watch"] = watching(cfg)
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
@@ -139,14 +151,15 @@ def log_bytes(run, from_step: int = 0) -> int:
     return lines + 3000 + 400 * steps + sum(dumps[name] * sizes[name] for name in sizes)
 
 
-def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
-    """What the output folders lack for the rest of the run from `step` on, as sentences."""
+def disk_warnings(run, folder: Path, log_folder: Path) -> list[str]:
+    """Return what the output folders lack for the rest of the run, as sentences."""
     size, files = checkpoint_bytes(run), checkpoints_kept(run.cfg)
     there = sum(c.bytes for c in run_folders.list_checkpoints(folder))
-    need, logs = max(2 * size, files * size - there), log_bytes(run, step)
+    need, logs = max(2 * size, files * size - there), log_bytes(run, run.state.step)
     free, log_free = (host.free_bytes(f) for f in (folder, log_folder))
     what = f"the run needs up to {need / 1e9:.2f} GB more ({files} files in all)"
-    same_disk = os.stat(folder).st_dev == os.stat(log_folder).st_dev
+    disks = {os.stat(host.existing(f)).st_dev for f in (folder, log_folder)}
+    same_disk = len(disks) == 1
     if same_disk:
         need += logs
         what += f" and {logs / 1e9:.2f} GB for logs" if logs else ""
@@ -164,20 +177,25 @@ def disk_warnings(run, step: int, folder: Path, log_folder: Path) -> list[str]:
     return found
 
 
+def memory_needed(run) -> tuple[int, int, int | None, str]:
+    """Return (bytes to train, bytes of the copy for checkpoints, bytes free, where) as estimated.
+
+    None: nobody knows what is free.
+    """
+    need = step_memory.of_run(run)
+    if run.dist.device.type == "cuda":
+        return need, 0, torch.cuda.mem_get_info(run.dist.device)[0], "GPU memory"
+    need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return need, checkpoint_bytes(run), host.available_bytes(), "memory"
+
+
 def memory_warning(run) -> str | None:
-    """Said where the estimate for the micro-batch, with the copy for checkpoints, does not fit."""
-    cfg, device = run.cfg, run.dist.device
-    need, copy = step_memory.of_run(run), 0
-    if device.type == "cuda":
-        available, where = torch.cuda.mem_get_info(device)[0], "GPU memory"
-    else:
-        available, where = host.available_bytes(), "memory"
-        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        copy = checkpoint_bytes(run)
+    """Return what to say where the estimate for the micro-batch, with the copy, does not fit."""
+    need, copy, available, where = memory_needed(run)
     if available is None or need + copy <= available:
         return None
     return (
-        f"--micro_batch_size {cfg.micro_batch_size} needs about {need / 1e9:.1f} GB of {where}"
+        f"--micro_batch_size {run.cfg.micro_batch_size} needs about {need / 1e9:.1f} GB of {where}"
         + (f" and the copy for checkpoints {copy / 1e9:.1f} GB" if copy else "")
         + f", {available / 1e9:.1f} GB are free: use a smaller one, or a smaller model"
     )
@@ -208,8 +226,9 @@ def store_config(run, folder: Path) -> str | None:
         git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     record = {
         "config": dataclasses.asdict(run.cfg),
-        "asked": sorted(run.asked),  # flags given now or when the run began
-        "command": sys.argv,
+        "asked": sorted(run.flags_ever_given),
+        "changes": run.state.changes + run.changes,  # by resumes, that changed learning
+        "command": notify.redact_words(sys.argv),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_revision": git,
         "python": platform.python_version(),
@@ -233,38 +252,34 @@ def store_config(run, folder: Path) -> str | None:
     return None
 
 
-def farewell(run, finished: bool, last_stable: int | None = None) -> str:
-    """How far the run came, where everything is, and what to type next.
+def history(run) -> str:
+    """What a run has behind it, as its state has kept it."""
+    state, parts = run.state, []
+    epochs = state.position / run.train_data.num_windows
+    parts.append(f"{state.tokens:,} tokens ({epochs:.2f} epochs of this data)")
+    parts.append(f"{words.duration(state.train_seconds)} of training")
+    if state.watt_seconds:
+        parts.append(f"{state.watt_seconds / 3.6e6:.3g} kWh")
+    if math.isfinite(state.best_loss):
+        parts.append(f"best validation loss {state.best_loss:.4f}")
+    return ", ".join(parts)
 
-    last_stable: of a wsd run, the step whose checkpoint a longer run goes on from.
-    """
+
+def farewell(run, finished: bool, command: str) -> str:
+    """How far the run came, where everything is, and the command to type next."""
     cfg, state = run.cfg, run.state
-    loss = f"; validation loss {state.validation_loss:.4f}" if state.evaluated_step >= 0 else ""
+    loss = ""
+    if math.isfinite(state.validation_loss):
+        loss = f"; validation loss {state.validation_loss:.4f}"
     energy = f", {state.watt_seconds / 3.6e6:.3g} kWh" if state.watt_seconds else ""
-    command = "python"
-    if run.dist.world_size > 1:
-        command = f"torchrun --standalone --nproc_per_node={run.dist.world_size}"
-    command += f" {os.path.relpath(Path(__file__).parents[1] / 'train_improved.py')}"
-    stable = checkpoint_files.step_path(run.checkpoint_folder, last_stable or 0)
-    if finished and last_stable and stable.exists():
-        command += f" --resume {os.path.relpath(stable)} --run_name {cfg.run_name}-longer"
-    else:
-        command += f" --resume latest --run_name {cfg.run_name}"
-    command += " --use_tensorboard" * cfg.use_tensorboard + " --log_jsonl" * cfg.log_jsonl
-    for name, default in (("checkpoint_dir", "checkpoints"), ("tensorboard_dir", "runs")):
-        if getattr(cfg, name) != default:
-            command += f" --{name} {getattr(cfg, name)}"
-    if finished:
-        command += f" --max_steps {2 * cfg.max_steps}"
-    elif not run_folders.list_checkpoints(run.checkpoint_folder):
-        command = "the same command again, nothing is saved yet"
     rows = [
         f"{'finished' if finished else 'stopped'} at step {state.step:,} of {cfg.max_steps:,}, "
         f"after {words.duration(state.train_seconds)} of training{energy}{loss}",
-        f"checkpoints   {Path(cfg.checkpoint_dir, cfg.run_name)}",
+        f"checkpoints   {run.checkpoint_folder}",
     ]
     if cfg.use_tensorboard:
         rows.append(f"TensorBoard   {Path(cfg.tensorboard_dir, cfg.run_name)}")
-        rows.append(f"watch         tensorboard --logdir={cfg.tensorboard_dir}")
+        rows.append(f"watch         {watching(cfg)}")
+    command = command.replace("\n", f"\n{'':<14}")  # one a machine
     rows.append(f"{'train longer' if finished else 'go on':<13} {command}")
     return "\n".join(rows)

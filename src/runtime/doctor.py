@@ -9,10 +9,8 @@ no data is prepared.
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import io
-import math
 import os
 import platform
 import random
@@ -22,18 +20,19 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from basics import host
+from basics import host, words
 from basics.words import tint
-from checkpointing import background, run_folders
-from monitoring import energy, summary
-from runtime import machine
+from monitoring import energy, notify, summary
+from runtime import machine, planning
 from tokens import shards as token_shards
 from tokens import tokenizer
-from training import memory
+from training.guard import LossScale
 
 REFERENCE_STEPS = 95_365  # five epochs of 10 billion tokens
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
@@ -41,6 +40,7 @@ DISK_TEST_BYTES = 256 << 20
 CHECKSUMS_BELOW = 2e9  # bytes of shards whose SHA-256 are checked unasked: a few seconds
 PORTS = {6006: "TensorBoard's", 29500: "torchrun's"}
 MEASURE_SECONDS = 5.0
+LONG_HOURS = 100 * 24  # beyond that nobody waits for a run
 COLOURS = {"ok": "green", "note": "yellow", "PROBLEM": "red"}
 
 
@@ -58,35 +58,48 @@ class Report:
             self.problems.append(name)
 
 
-def examine(given: dict, ti) -> int:
-    """Look at everything -> exit code 0, or 2 if there is a problem. given: as parse_flags gave.
-    ti: the script, which plans and trains."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+@dataclass(frozen=True)
+class Program:
+    """What the doctor is to plan and try."""
+
+    flags: object  # a Config of the flags given, undecided
+    plan: Callable  # (**flags over those) -> a planned Run; ValueError, OSError if it cannot begin
+    new_model: Callable  # Config -> (model, optimizer)
+    prepare_pass: Callable  # (run, whether compiling was asked for) -> training pass
+    forward_backward: Callable  # (run, training pass, ids, poll): one micro-batch's gradients
+    reference: dict  # flags of the reference run
+    sample_dir: str
+
+
+def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> int:
+    """Look at everything -> exit code 0, or 2 if there is a problem."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)
         return 2
     report, run = Report(), None
-    check_versions(report, given.get("use_tensorboard", False))
+    cfg, device = program.flags, torch.device("cpu")
+    check_versions(report, cfg.use_tensorboard)
     check_tokenizer(report)
     try:
         # What planning has to say beside errors, the lines below say too.
         with contextlib.redirect_stdout(io.StringIO()):
-            dist = ti.Distributed(given.get("device"), ti.Config.hang_timeout)
-            run, _ = ti.set_up(given | {"dry_run": True}, dist)
-        cfg, device = run.cfg, dist.device
-    except ValueError as error:
+            run = program.plan()
+        cfg, device = run.cfg, run.dist.device
+        planning.check_unused(run)
+    except (ValueError, OSError) as error:
         report.add("PROBLEM", "plan", str(error))
-        cfg, device = ti.Config(**given), torch.device("cpu")
     check_devices(report, device)
     check_products(report, device, run and run.dtype)
     check_compiler(report, device, cfg.compile)
     fits = run is not None and check_memory(report, run)
     check_disk(report, cfg, run)
     if run is not None:
-        check_data(report, run, ti.SAMPLE_DIR)
+        check_data(report, run, program.sample_dir)
         check_hellaswag(report, run)
     check_ports(report)
+    check_messages(report, addresses)
     if fits:  # else the attempt itself could bring the machine down
-        check_speed(report, ti, run)
+        check_speed(report, program, run)
     print()
     if report.problems:
         print(tint(f"to fix before the run: {', '.join(report.problems)}", "red"))
@@ -135,7 +148,7 @@ def check_tokenizer(report: Report) -> None:
 
 
 def check_devices(report: Report, device: torch.device) -> None:
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    cores, load = host.cores(), os.getloadavg()[0]
     text = f"{cores} core(s) for this process, {torch.get_num_threads()} thread(s) of PyTorch"
     if load > 0.5 * cores:
         report.add(
@@ -207,7 +220,8 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
         return torch.sin(x) * number + 1
 
     try:
-        assert torch.allclose(torch.compile(function)(x), function(x), atol=1e-6)
+        if not torch.allclose(torch.compile(function)(x), function(x), atol=1e-6):
+            raise ValueError("the compiled function computes something else")
     except Exception as error:  # whatever a compiler can think of
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         used = asked or device.type == "cuda"
@@ -225,39 +239,18 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
 
 
 def check_memory(report: Report, run) -> bool:
-    """The estimate of what training needs, and the copy that saving in the background needs ->
-    whether training fits."""
-    cfg, device = run.cfg, run.dist.device
-    need = memory.of_run(run)
-    there = free_memory(device)
-    text = (
-        f"training needs about {need / 1e9:.1f} GB at {cfg.micro_batch_size} sequence(s) a pass, "
-        f"{there / 1e9:.1f} GB are free"
-    )
-    if need > there:
-        fix = "a smaller --micro_batch_size (numbers stay the same) or --model"
-        report.add("PROBLEM", "memory", text, fix)
-    elif need > 0.85 * there:
-        report.add("note", "memory", f"{text}: close", "a smaller --micro_batch_size")
-    else:
-        report.add("ok", "memory", text)
-    left = free_memory(torch.device("cpu")) - (0 if device.type == "cuda" else need)
-    copy = summary.checkpoint_bytes(run)
-    if copy + background.HEADROOM > left:
+    """Return whether training fits, by the estimate for it and the copy for saving."""
+    warning = summary.memory_warning(run)
+    if warning:
         report.add(
-            "note",
-            "memory",
-            f"no room for the copy of {copy / 1e9:.1f} GB that saving in the background needs: "
-            "training waits while it saves",
+            "PROBLEM", "memory", warning, "numbers stay the same with any --micro_batch_size"
         )
-    return need <= there
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can be had; infinite where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return host.available_bytes() or math.inf
+    else:
+        need, copy, there, where = summary.memory_needed(run)
+        text = f"training needs about {words.size(need + copy)} of {where}"
+        text += f", {words.size(there)} are free" if there is not None else ""
+        report.add("ok", "memory", text)
+    return warning is None
 
 
 # --- Disk, data, network --------------------------------------------------------------------------
@@ -265,64 +258,38 @@ def free_memory(device: torch.device) -> float:
 
 def check_disk(report: Report, cfg, run) -> None:
     """Speed of the checkpoints' disk, and room for what the plan writes. run: None without plan."""
-    rate = None
+    rates = {}
     for name in ("checkpoint_dir", "tensorboard_dir"):
-        folder = _existing(getattr(cfg, name))
-        free = host.free_bytes(folder)
-        size = 4096 if name == "tensorboard_dir" else min(DISK_TEST_BYTES, free // 4)
+        folder = host.existing(getattr(cfg, name))
+        size = min(DISK_TEST_BYTES, host.free_bytes(folder) // 4)
         try:
-            seconds = _write_seconds(folder, size)
+            rates[name] = size / _write_seconds(folder, size if name == "checkpoint_dir" else 4096)
         except OSError as error:
             text = f"--{name} {getattr(cfg, name)}: cannot write in {folder} ({error.strerror})"
             report.add("PROBLEM", "disk", text, "another folder, or its permissions")
             return
-        rate = rate or size / seconds
+    rate = rates["checkpoint_dir"]
     text = f"{cfg.checkpoint_dir} writes {rate / 1e6:,.0f} MB/s to the disk"
     if run is None:
         report.add("ok", "disk", text)
         return
-    size, files = summary.checkpoint_bytes(run), summary.checkpoints_kept(cfg)
-    text += f", a checkpoint of {size / 1e6:,.0f} MB in {size / rate:.1f} s"
+    size = summary.checkpoint_bytes(run)
+    text += f", a checkpoint of {words.size(size)} in {size / rate:.1f} s"
     if size / rate > 25:
         text += ": longer than torchrun waits after a signal (30 s)"
         report.add("note", "disk", text, "--max_hours, or a faster disk (QUICK_START.md, torchrun)")
     else:
         report.add("ok", "disk", text)
-
-    run_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
-    there = run_folders.list_checkpoints(run_folder)
-    if there and run.resumed_from is None:
-        report.add(
-            "PROBLEM",
-            "disk",
-            f"--run_name {cfg.run_name}: {run_folder} holds checkpoints already",
-            "--resume latest, or another name",
-        )
-    needs = {
-        "checkpoint_dir": max(files - len(there), 1) * size,
-        "tensorboard_dir": summary.log_bytes(run),
-    }
-    by_disk = {}
-    for name, need in needs.items():
-        folder = _existing(getattr(cfg, name))
-        by_disk.setdefault(folder.stat().st_dev, []).append((folder, need))
-    for group in by_disk.values():
-        folder, need = group[0][0], sum(need for _, need in group)
-        free = host.free_bytes(folder)
-        text = f"{folder}: the run writes up to {_size(need)}, {_size(free)} are free"
-        if need > free:
-            fix = "make room, a smaller --keep_checkpoints, or another --checkpoint_dir"
-            report.add("PROBLEM", "space", text, fix)
-        else:
-            report.add("ok", "space", text)
-
-
-def _existing(folder: str) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    path = Path(folder).absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path
+    log_folder = Path(cfg.tensorboard_dir, cfg.run_name)
+    warnings = summary.disk_warnings(run, run.checkpoint_folder, log_folder)
+    for warning in warnings:
+        fix = "make room, a smaller --keep_checkpoints, or another --checkpoint_dir"
+        report.add("PROBLEM", "space", warning, fix)
+    if not warnings:
+        kept, logs = summary.checkpoints_kept(cfg) * size, summary.log_bytes(run)
+        text = f"the run writes up to {words.size(kept)} of checkpoints, {words.size(logs)} of logs"
+        free = host.free_bytes(run.checkpoint_folder)
+        report.add("ok", "space", f"{text}; {words.size(free)} are free for checkpoints")
 
 
 def _write_seconds(folder: Path, size: int) -> float:
@@ -340,10 +307,6 @@ def _write_seconds(folder: Path, size: int) -> float:
         path.unlink(missing_ok=True)
 
 
-def _size(n: float) -> str:
-    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.2g} MB"
-
-
 def check_data(report: Report, run, sample_dir: str) -> None:
     """The shards fit each other and their manifest: planning has opened them. Checksums too where
     that is quick or --verify_data asks for it."""
@@ -352,7 +315,7 @@ def check_data(report: Report, run, sample_dir: str) -> None:
     splits = [token_shards.list_shards(f, split) for f in folders for split in ("train", "val")]
     size = sum(path.stat().st_size for shards in splits for path, _ in shards)
     text = (
-        f"{cfg.data_dir}: {run.train_data.num_tokens:,} training tokens in {_size(size)}, "
+        f"{cfg.data_dir}: {run.train_data.num_tokens:,} training tokens in {words.size(size)}, "
         f"{run.val_data.num_tokens:,} of validation"
     )
     listed = all(token_shards.read_manifest(folder) is not None for folder in folders)
@@ -366,7 +329,7 @@ def check_data(report: Report, run, sample_dir: str) -> None:
     else:
         text += ", sizes as in the manifest (checksums: --verify_data)" if listed else ""
     if cfg.data_dir == sample_dir:
-        free = _size(host.free_bytes(sample_dir))
+        free = words.size(host.free_bytes(sample_dir))
         text += f". A sample to try the program with: FineWeb-Edu takes 20 GB, {free} are free"
         report.add("note", "data", text, "python src/prepare_data.py, or --data_dir")
     elif run.cfg.max_steps * run.cfg.total_batch_size > 20 * run.train_data.num_tokens:
@@ -383,6 +346,16 @@ def check_hellaswag(report: Report, run) -> None:
     elif run.cfg.hellaswag_freq:
         text = f"{path} is not there: training goes on without the score"
         report.add("note", "HellaSwag", text, "python src/hellaswag.py --download (12 MB)")
+
+
+def check_messages(report: Report, addresses: notify.Addresses) -> None:
+    """Send a test message to every --notify."""
+    for name, error in notify.try_out(addresses):
+        if error is None:
+            report.add("ok", "notify", f"{name} took a test message: did it arrive?")
+        else:
+            text = f"--notify {name}: the test message was not taken ({error})"
+            report.add("PROBLEM", "notify", text, "the address, and the network from here")
 
 
 def check_ports(report: Report) -> None:
@@ -408,61 +381,58 @@ def check_ports(report: Report) -> None:
 # --- How long it will take ------------------------------------------------------------------------
 
 
-def check_speed(report: Report, ti, run) -> None:
+def check_speed(report: Report, program: Program, run) -> None:
     """Short measured training steps -> time and cost of the plan and of the reference run."""
-    cfg, device = run.cfg, run.dist.device
-    shape = {name: getattr(cfg, name) for name in ti.PRESETS["gpt2"]}
-    speed = measure(report, ti, run, "speed")
+    speed = measure(report, program, run, "speed")
     if speed is not None:
-        text = duration(cfg.max_steps, cfg.total_batch_size, *speed, device)
-        report.add("ok", "this plan", text)
-    if shape != ti.PRESETS["gpt2"]:
-        run = reference_run(ti, run)
-        need = memory.training_bytes(run.model, run.dtype, 1, device)
-        free = free_memory(device)
-        if need > free:
-            text = f"training 124M needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            report.add("note", "reference", text)
+        report_duration(report, "this plan", run, *speed)
+    shape = {name: getattr(run.cfg, name) for name in ("n_layer", "n_embd", "seq_len")}
+    if not shape.items() <= program.reference.items():
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                run = reference_run(program, run)
+        except (ValueError, OSError) as error:
+            report.add("note", "reference", str(error))
             return
-        speed = measure(report, ti, run, "reference")
+        if warning := summary.memory_warning(run):
+            report.add("note", "reference", f"GPT-2 124M: {warning}")
+            return
+        speed = measure(report, program, run, "reference")
     if speed is not None:
-        text = duration(REFERENCE_STEPS, ti.REFERENCE["total_batch_size"], *speed, device)
-        report.add("ok", "reference", text)
+        run.cfg.max_steps = REFERENCE_STEPS
+        run.cfg.total_batch_size = program.reference["total_batch_size"]
+        report_duration(report, "reference", run, *speed)
 
 
-def reference_run(ti, run):
-    """124M on this machine, with the micro-batch that fits here."""
-    cfg = dataclasses.replace(run.cfg, model="gpt2", **(ti.PRESETS["gpt2"] | ti.TRAINING["gpt2"]))
-    with torch.device("meta"):
-        model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-    run = dataclasses.replace(run, cfg=cfg, model=model)
-    quick = run.dist.device.type == "cpu"
-    cfg.micro_batch_size = 1 if quick else machine.choose_micro_batch(run)
-    return run
+def reference_run(program: Program, run):
+    """Return the plan of GPT-2 124M on this machine."""
+    flags = program.reference | {"data_dir": run.cfg.data_dir, "max_steps": REFERENCE_STEPS}
+    flags |= {"resume": None, "decay_from": None}
+    if run.dist.device.type == "cpu":
+        flags["micro_batch_size"] = 1
+    return program.plan(**flags)
 
 
-def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | None:
-    """(tokens per second, watts meanwhile if the device says), and reported; None if that fails.
+def measure(report: Report, program: Program, run, name: str) -> tuple[float, float] | None:
+    """Measure and report tokens/s -> (those, watts meanwhile, 0 if nothing says); None if it fails.
 
-    A step is its number of micro-batches, clipping and the update; evaluation, logging and saving
-    come on top.
+    A step is its number of micro-batches and the update; evaluation, logging and saving come on
+    top.
     """
     cfg, device = run.cfg, run.dist.device
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
     torch.manual_seed(cfg.seed)
     try:
         with device:
-            run.model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-            shape = (cfg.micro_batch_size, cfg.seq_len + 1)
-            ids = torch.randint(tokenizer.VOCAB_SIZE, shape)
-        run.optimizer = ti.make_optimizer(run.model, cfg)
-        run.loss_scale = ti.LossScale(run.dtype, device)
+            run.model, run.optimizer = program.new_model(cfg)
+            ids = torch.randint(tokenizer.VOCAB_SIZE, (cfg.micro_batch_size, cfg.seq_len + 1))
+        run.loss_scale = LossScale(run.dtype, device)
         if cfg.compile is None:
             cfg.compile = device.type == "cuda"
-        train_model = ti.prepare_pass(run, asked=None)
+        train_model = program.prepare_pass(run, None)
 
         def micro_batch():
-            ti.forward_backward(run, train_model, ids, poll=lambda: None)
+            program.forward_backward(run, train_model, ids, lambda waiting=False: None)
 
         def update():
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -472,11 +442,10 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
             work()
         meter, start = energy.EnergyMeter(device, every=0.25), time.monotonic()
         seconds = _seconds(micro_batch, device)
-        joules, elapsed = meter.take(), time.monotonic() - start
+        watts = meter.take() / (time.monotonic() - start)
         meter.close()
         seconds *= cfg.total_batch_size // (cfg.seq_len * len(ids))
         seconds += _seconds(update, device)
-        watts = joules / elapsed if joules else None
     except RuntimeError as error:  # most of all: out of memory
         reason = str(error).splitlines()[0][:200]
         report.add("PROBLEM", name, f"a training step failed: {reason}", "--micro_batch_size 1")
@@ -486,8 +455,7 @@ def measure(report: Report, ti, run, name: str) -> tuple[float, float | None] | 
     rate = cfg.total_batch_size / seconds
     text = (
         f"{cfg.model} ({cfg.n_layer} layers, width {cfg.n_embd}, context {cfg.seq_len}): "
-        f"{rate:,.0f} tokens/s in {cfg.dtype}, measured with "
-        f"{len(ids)} sequence(s) a pass"
+        f"{rate:,.0f} tokens/s in {cfg.dtype}, measured with {len(ids)} sequence(s) a pass"
     )
     report.add("ok", name, text)
     return rate, watts
@@ -505,20 +473,26 @@ def _seconds(work, device: torch.device) -> float:
     return statistics.median(times)
 
 
-def duration(steps: int, batch: int, rate: float, watts: float | None, device: torch.device) -> str:
-    """Time and cost of `steps` of `batch` tokens at `rate` tokens per second."""
-    hours = steps * batch / rate / 3600
+def report_duration(report: Report, name: str, run, rate: float, watts: float) -> None:
+    """Time and cost of a run at `rate` tokens per second and `watts`."""
+    cfg = run.cfg
+    hours = cfg.max_steps * cfg.total_batch_size / rate / 3600
     text = (
-        f"{steps:,} steps of {batch:,} tokens: {hours_and_days(hours)} without evaluation and "
-        "saving"
+        f"{cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens: {hours_and_days(hours)} "
+        "without evaluation and saving"
     )
-    if device.type == "cuda":
+    if run.dist.device.type == "cuda":
         text += f", {hours:,.1f} GPU-hours"
         if (gpus := torch.cuda.device_count()) > 1:
             text += f"; on {gpus} GPUs at best {hours_and_days(hours / gpus)}"
-    if watts is not None:
+    if watts:
         text += f", {watts * hours / 1000:,.1f} kWh at the measured {watts:,.0f} W"
-    return text
+    if hours > LONG_HOURS:
+        report.add(
+            "note", name, text, "a GPU, or a smaller --model: this machine is not made for it"
+        )
+    else:
+        report.add("ok", name, text)
 
 
 def hours_and_days(hours: float) -> str:

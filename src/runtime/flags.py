@@ -5,9 +5,10 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import tomllib
 
-from basics import terminal
+from basics import inputs, terminal
 
 # What other training programs call them; for the suggestion after a typo.
 OTHER_NAMES = {
@@ -24,6 +25,11 @@ OTHER_NAMES = {
     "output_dir": "checkpoint_dir",
     "resume_from_checkpoint": "resume",
 }
+# Where a resume takes the value of a flag from that is not given again.
+CHECKPOINT = "the checkpoint"
+SAME_MACHINE = "the checkpoint, if device type and number of processes are the same"
+COMMAND = "the command"  # so: the default
+BELOW = 2**63  # whole numbers: what files, tensors and random number generators hold
 
 
 def flag(
@@ -32,42 +38,72 @@ def flag(
     *,
     group=None,
     choices=None,
-    resume="hyper",
+    resume=CHECKPOINT,
+    learned=None,
+    derived_from="",
     least=0,
     above=None,
     several=False,
+    path=False,
     in_file=True,
     overrides=(),
 ):
     """A field that is a flag; its annotation (int, float, str, bool, or one `| None`) is its type.
 
-    `resume` says where a resumed run takes the value from when the flag is not given: "hyper" the
-    checkpoint; "exact" the checkpoint, if device type and process count are the same; "machine"
-    the default. `group` opens a new group in --help with this field. Numbers must be at least
-    `least`, or more than `above` where that is given (`check_ranges`). A text with `several` may
-    be given as several words; they are joined by blanks. Without `in_file` it is for the command
-    line only. `overrides` names what a configuration file no longer decides when this flag is on
-    the command line, or is a function (the file's values, the flag's value) -> the file's values.
+    group: opens a new group in --help with this field. resume: where a resume takes the value from
+    when the flag is not given again. learned: the value changes what the model learns; unless said
+    otherwise that is so for what a resume does not take from the command. derived_from: names of
+    the flags that decide the value when it is not given; a resume derives it again when one of
+    them changes. Numbers must be at least `least`, or more than `above` where that is given
+    (`out_of_range`). several: may be given as several words, or as a list in the file; kept as
+    words of a shell. path: ~ is a home folder. Without in_file it is for the command line only.
+    overrides: names of what a file, or the checkpoint of a resume, no longer decides when this flag
+    is on the command line, or a function (the file's values, the flag's value) -> the file's
+    values.
     """
     metadata = {"help": help, "group": group, "choices": choices, "resume": resume}
-    metadata |= {"least": least, "above": above, "several": several}
-    metadata |= {"in_file": in_file, "overrides": overrides}
+    metadata["learned"] = resume != COMMAND if learned is None else learned
+    metadata |= {"derived_from": set(derived_from.split()), "least": least, "above": above}
+    metadata |= {"several": several, "path": path, "in_file": in_file, "overrides": overrides}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def kind_of(field) -> type:
-    """int, float, str or bool."""
+    """Return int, float, str or bool."""
     return getattr(field.type, "__args__", (field.type,))[0]
 
 
 # --- The command line -----------------------------------------------------------------------------
 
 
-def parse_flags(config_class, description: str, argv: list[str]) -> dict:
-    """What was given, {name: value}: flags over the file of --config.
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """What was typed, and what stood in the file of --config: each read once, {name: value}."""
 
-    A wrong one ends the program with exit code 2 and a sentence.
-    """
+    config_class: type
+    typed: dict
+    in_file: dict
+
+    def values(self, **more) -> dict:
+        """Return what was given: flags, and `more` like them, over the file."""
+        typed, from_file = self.typed | more, self.in_file
+        for field in dataclasses.fields(self.config_class):
+            if field.name in typed:
+                overrides = field.metadata["overrides"]
+                if callable(overrides):
+                    from_file = overrides(from_file, typed[field.name])
+                else:
+                    from_file = {k: v for k, v in from_file.items() if k not in overrides}
+        return from_file | typed
+
+
+def parse_flags(config_class, description: str, argv: list[str]) -> dict:
+    """Return what was given, {name: value}. A mistake ends the program, with exit code 2."""
+    return read_command_line(config_class, description, argv).values()
+
+
+def read_command_line(config_class, description: str, argv: list[str]) -> CommandLine:
+    """Read the flags, and the file of --config. A mistake ends the program, with exit code 2."""
     parser = terminal.Parser(
         description=description,
         epilog="[in brackets]: what is decided when the flag is not given",
@@ -88,11 +124,11 @@ def parse_flags(config_class, description: str, argv: list[str]) -> dict:
         elif field.default is not None:
             text += f" [{field.default}]"
         if kind is bool:
-            negatable = field.default is None or meta["resume"] == "hyper"
-            action = argparse.BooleanOptionalAction if negatable else "store_true"
+            action = argparse.BooleanOptionalAction if negatable(field) else "store_true"
             added = group.add_argument(f"--{name}", action=action, help=text)
         elif meta["several"]:
-            added = group.add_argument(f"--{name}", nargs="+", metavar="STR", help=text)
+            many = {"nargs": "+", "action": "extend", "metavar": "STR"}
+            added = group.add_argument(f"--{name}", **many, help=text)
         elif meta["choices"]:
             choices = meta["choices"]
             added = group.add_argument(
@@ -110,21 +146,47 @@ def parse_flags(config_class, description: str, argv: list[str]) -> dict:
     if unknown:
         words = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
         parser.error(f"unrecognized argument: {' '.join(words)}{nearest(words[0], known)}")
-    given = vars(namespace)
-    given = {name: " ".join(v) if isinstance(v, list) else v for name, v in given.items()}
-    if "config" in given:
+    typed, in_file, problems = {}, {}, []
+    for name, value in vars(namespace).items():
         try:
-            from_file = read_config(config_class, given["config"])
+            typed[name] = _as_text(fields[name], value)
         except ValueError as error:
-            parser.error(str(error))
-        for name, value in given.items():
-            overrides = fields[name].metadata["overrides"]
-            if callable(overrides):
-                from_file = overrides(from_file, value)
-            else:
-                from_file = {k: v for k, v in from_file.items() if k not in overrides}
-        given = from_file | given
-    return given
+            problems.append(str(inputs.wrong(name, value, error)))
+    if "config" in typed:
+        try:
+            in_file = read_config(config_class, typed["config"])
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        parser.error("\n".join(problems))
+    return CommandLine(config_class, typed, in_file)
+
+
+def negatable(field) -> bool:
+    """Return whether there is a --no-X: where a file or a checkpoint may have said X."""
+    return field.default is None or field.metadata["resume"] != COMMAND
+
+
+def words(values: dict, config_class) -> list[str]:
+    """Return the values as the words of a command line, in the order of --help."""
+    found = []
+    for field in dataclasses.fields(config_class):
+        value = values.get(field.name)
+        if value is True or (value is False and negatable(field)):
+            found.append(f"--{field.name}" if value else f"--no-{field.name}")
+        elif value is not None and value is not False:
+            found += [f"--{field.name}", str(value)]
+    return found
+
+
+def _as_text(field, value):
+    """Join several words to one text, as a shell would have them, and put in home folders."""
+    home = inputs.path if field.metadata["path"] else str
+    if isinstance(value, list) and len(value) > 1:
+        return shlex.join(map(home, value))
+    if isinstance(value, list) or field.metadata["several"]:
+        return inputs.paths("".join(value))
+    return home(value) if isinstance(value, str) else value
 
 
 def _choice(choices):
@@ -139,7 +201,7 @@ def _choice(choices):
 
 
 def nearest(word: str, known) -> str:
-    """ "; did you mean X?" with the most similar of the names, "" where none is near."""
+    """Return "; did you mean X?" with the most similar of the names, "" where none is near."""
 
     def bare(name: str) -> str:
         return name.strip("-").lower().replace("-", "_")
@@ -158,59 +220,66 @@ def nearest(word: str, known) -> str:
 
 
 def read_config(config_class, path: str) -> dict:
-    """The flags in a TOML file, {name: value}; ValueError names file, key and value."""
+    """Return the flags in a TOML file, {name: value}.
+
+    Raise ValueError with a line for each mistake: file, key, value, and what is wrong with it.
+    """
     try:
         with open(path, "rb") as file:
             values = tomllib.load(file)
     except OSError as error:
-        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from None
+        raise inputs.wrong("config", path, f"cannot be read ({error.strerror})") from None
     except ValueError as error:  # also bytes that are no UTF-8
-        raise ValueError(f"--config {path}: is not TOML ({error})") from None
+        raise inputs.wrong("config", path, f"is not TOML ({error})") from None
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     known = [name for name, field in fields.items() if field.metadata["in_file"]]
+    problems = []
     for name, value in values.items():
-        if name in fields and name not in known:
-            raise ValueError(f"--config {path}: {name} is for the command line only")
-        if name not in fields:
+        if name in known:
+            try:
+                values[name] = _checked(fields[name], value)
+            except ValueError as error:
+                problems.append(f"{name} = {_literal(value):.80}: {error}")
+        elif name in fields:
+            problems.append(f"{name} is for the command line only")
+        else:
             what = "keys are flags, without [tables]" if isinstance(value, dict) else "no such key"
-            raise ValueError(f"--config {path}: {name}: {what}{nearest(name, known)}")
-        try:
-            values[name] = _checked(fields[name], value)
-        except ValueError as error:
-            raise ValueError(f"--config {path}: {name} = {_literal(value):.80}: {error}") from None
+            problems.append(f"{name}: {what}{nearest(name, known)}")
+    if problems:
+        raise ValueError("\n".join(str(inputs.wrong("config", path, text)) for text in problems))
     return values
 
 
 def _checked(field, value):
-    """A value of TOML as the field's type; ValueError says what it must be."""
+    """Return a value of TOML as the field's type; ValueError says what it must be."""
     kind, meta = kind_of(field), field.metadata
-    if kind is float and type(value) is int and abs(value) < 2**63:
+    if kind is float and type(value) is int and abs(value) < BELOW:
         value = float(value)
     if meta["several"] and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        value = " ".join(value)
+        return _as_text(field, value)
     names = {int: "a whole number", float: "a number", str: "a text in quotes"}
     if type(value) is not kind:
         raise ValueError(f"must be {names.get(kind, 'true or false')}")
     choices = meta["choices"]
     if choices and value not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}{nearest(value, choices)}")
-    if wrong := _out_of_range(field, value):
-        raise ValueError(wrong)
-    return value
+    if problem := out_of_range(field, value):
+        raise ValueError(problem)
+    return _as_text(field, value)
 
 
 def _literal(value) -> str:
-    """A value as TOML writes it."""
+    """Return a value as TOML writes it."""
     if isinstance(value, str):
         # JSON's escapes are TOML's too, but for the one character that JSON leaves as it is.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else str(value)  # 6e-05, 600
 
 
-def to_toml(config, title: str) -> str:
-    """A configuration as a file that `read_config` reads back to the same values.
+def to_toml(config, given, title: str) -> str:
+    """Return a configuration as a file for --config: what was given as keys, the rest as comments.
 
-    What is None stands there as a comment: TOML has no None, and a key left out means the same.
+    So that what was decided for this machine and this data is decided again where it is read.
     """
     lines = [f"# {title}"]
     for field in dataclasses.fields(config):
@@ -222,40 +291,69 @@ def to_toml(config, title: str) -> str:
         if value is None:
             lines.append(f"# {field.name}: {meta['help']}")
         else:
-            lines.append(f"{field.name} = {_literal(value)}")
+            comment = "" if field.name in given else "# "
+            lines.append(f"{comment}{field.name} = {_literal(value)}")
     return "\n".join(lines) + "\n"
 
 
 # --- Values ---------------------------------------------------------------------------------------
 
 
-def merge(config_class, given: dict, saved: dict | None, same_machine: bool, stale: set[str]):
-    """Flags over checkpoint over defaults -> (config, sentences that say what changed).
+def merge(config_class, given: dict, saved: dict, asked: set, same_machine: bool):
+    """Return (flags over checkpoint over defaults as a configuration, names ever asked for).
 
-    given: flags of this command. saved: the checkpoint's config, or None. stale: names whose saved
-    value was derived from something that is given anew.
+    given: flags of this command. saved: the checkpoint's configuration. asked: names in it that
+    somebody gave; the others were derived, and are again where what they come from has changed.
     """
-    fields = dataclasses.fields(config_class)
-    values, changes = {f.name: f.default for f in fields}, []
-    for field in fields if saved is not None else ():
-        name, resume = field.name, field.metadata["resume"]
-        if name in saved and (resume == "hyper" or (resume == "exact" and same_machine)):
-            if name not in stale:
-                values[name] = saved[name]
-            if name in given and given[name] != saved[name]:
-                changes.append(f"--{name}: {saved[name]} -> {given[name]}")
-    return config_class(**(values | given)), changes
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f.name in saved}
+    sources = (CHECKPOINT, SAME_MACHINE) if same_machine else (CHECKPOINT,)
+    changed = {name for name in fields if name in given and given[name] != saved[name]}
+    overridden = (fields[name].metadata["overrides"] for name in changed)
+    asked = asked.difference(*(names for names in overridden if not callable(names))) | {*given}
+    again = derived(config_class, changed, asked)
+    kept = {n: saved[n] for n in fields.keys() - again if fields[n].metadata["resume"] in sources}
+    return config_class(**kept | given), asked
+
+
+def derived(config_class, changed: set[str], asked: set[str]) -> set[str]:
+    """Return the names of what nobody asked for and follows from the changed flags, near or far."""
+    fields = [f for f in dataclasses.fields(config_class) if f.name not in asked]
+    found = set(changed)
+    while more := {f.name for f in fields if f.metadata["derived_from"] & found} - found:
+        found |= more
+    return found - changed
+
+
+def changes(config, saved: dict, given) -> list[tuple[str, bool]]:
+    """Return [(what a resume changes of the saved configuration, does it change learning)]."""
+    found = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        before = saved.get(name, value)
+        if field.metadata["resume"] != COMMAND and value != before:
+            text = f"--{name}: {_plain(before)} -> {_plain(value)}"
+            text += "" if name in given else ", derived again"
+            found.append((text, field.metadata["learned"]))
+    return found
+
+
+def _plain(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def check_ranges(config) -> None:
-    """ValueError naming the flag, its value and what it may be; undecided (None) values pass."""
+    """Raise ValueError with a line for each number that is out of range; None passes."""
+    found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if wrong := _out_of_range(field, value):
-            raise ValueError(f"--{field.name} {value}: {wrong}")
+        if problem := out_of_range(field, value):
+            found.append(str(inputs.wrong(field.name, value, problem)))
+    if found:
+        raise ValueError("\n".join(found))
 
 
-def _out_of_range(field, value) -> str | None:
+def out_of_range(field, value) -> str | None:
+    """Return what a number must be, if it is not; None if it is."""
     meta = field.metadata
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -263,4 +361,6 @@ def _out_of_range(field, value) -> str | None:
         return f"must be more than {meta['above']}"
     if not value >= meta["least"] or value == float("inf"):
         return f"must be a number of {meta['least']} or more"
+    if isinstance(value, int) and value >= BELOW:
+        return f"must be below {BELOW} (2 to the power of 63)"
     return None

@@ -5,7 +5,9 @@ srun --ntasks-per-node=4 --gpus-per-node=4 python src/train_improved.py ...
 
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # From here on: steps that are no parallel program, the batch script or an interactive shell.
@@ -113,3 +115,36 @@ def first_host(nodes: str) -> str:
     """Return the first name of Slurm's node list: "node[003-007,9],login1" -> "node003"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[([^\]]*)\]", lambda ranges: re.split("[-,]", ranges[1])[0], first)
+
+
+def start_words(env) -> list[str]:
+    """Return what started this process, up to the script's name, as it can be typed again."""
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if "TORCHELASTIC_RUN_ID" not in env:
+        several = int(env.get("WORLD_SIZE", 1)) > 1 and "SLURM_STEP_ID" in env
+        return ["srun", python] if several else [python]
+    nodes, processes = env.get("GROUP_WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE", "1")
+    torchrun = [python, "-m", "torch.distributed.run"]
+    if shutil.which("torchrun"):
+        torchrun = ["torchrun"]
+    typed = _typed_to_torchrun()
+    if any(word.startswith(("--nnodes", "--rdzv", "--master")) for word in typed):
+        return [*torchrun, *typed]
+    if nodes == "1":
+        return [*torchrun, "--standalone", f"--nproc_per_node={processes}"]
+    meeting = f"--rdzv_endpoint={env.get('MASTER_ADDR')}:{PORTS[0]}"
+    nodes = [f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
+    return [*torchrun, *nodes, "--rdzv_backend=c10d", meeting]
+
+
+def _typed_to_torchrun() -> list[str]:
+    """Return torchrun's own options, as the process above this one has them; [] if none can be
+    read. On several machines they differ, and say which one this is."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        names = [word.rsplit("/", 1)[-1] for word in words]
+        torchrun = "torchrun" if "torchrun" in names else "torch.distributed.run"
+        script = next(i for i, name in enumerate(names) if name.endswith(".py"))
+        return words[names.index(torchrun) + 1 : script]
+    except (OSError, ValueError, StopIteration):  # not Linux, or another launcher
+        return []

@@ -4,104 +4,102 @@ Everything here runs once, before step 0, and says in one sentence (ValueError) 
 change. The defaults themselves are in train_improved.py.
 """
 
+import os
+import shlex
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from basics import durable
+from basics import durable, inputs
 from basics.words import marked
-from checkpointing import files, run_folders
+from checkpointing import files, pretrained, run_folders
 from monitoring import summary
-from runtime.flags import check_ranges, merge
+from runtime import flags
 from tokens import sample_text, tokenizer
+from tokens.stream import open_source
+from training import scoring
 
-# --- Flags and checkpoint -------------------------------------------------------------------------
+# Seconds that a restart waits for an earlier attempt's rank 0: it may have been cut off, and be
+# about to notice (peers.SILENCE and what it has to save then).
+LOCK_PATIENCE = 150.0
+
+SAMPLE_EPOCHS = 10  # of the sample corpus; beyond that a model learns it by heart
+
+# --- Where to begin -------------------------------------------------------------------------------
 
 
-def merge_config(
-    config_class, presets: dict, given: dict, checkpoint: dict | None, device: str, world_size: int
-):
-    """Flags over checkpoint over defaults -> (config_class, sentences that say what changed).
+@dataclass
+class Start:
+    """What a run goes on from."""
 
-    ValueError for a flag that asks for another model than the checkpoint holds.
+    run_name: str | None  # as far as it is known before the checkpoint is
+    path: Path | None = None  # of the checkpoint; None: a fresh start
+    rank: int = 0  # whose disk has it
+    flag: tuple[str, str] | None = None  # (name, value) that says so
+    branches_off: bool = False  # by --decay_from, now
+    restarted: bool = False  # by torchrun, after an earlier attempt
+
+
+def find_start(early, dist) -> Start:
+    """Return what --resume, --decay_from, --run_name and a restart by torchrun mean together.
+
+    early: the flags of this command, not merged yet. dist: Distributed.
     """
-    if checkpoint is None:
-        return merge(config_class, given, None, False, set())
-    saved, made_on = checkpoint["config"], checkpoint["machine"]
-    saved = {"optimizer": "adamw", "recipe": "reference"} | saved
-    if given.get("recipe", saved["recipe"]) != saved["recipe"]:
-        raise ValueError(
-            f"--recipe {given['recipe']}: the checkpoint's run was planned by --recipe "
-            f"{saved['recipe']}; leave --recipe out and give what should change, or start anew"
-        )
-    if given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
-        raise ValueError(
-            f"--optimizer {given['optimizer']} does not fit the checkpoint, which holds the state "
-            f"of {saved['optimizer']}: leave --optimizer out, or start anew"
-        )
-    preset = presets.get(given.get("model"), saved)
-    for name in ("n_layer", "n_head", "n_embd", "seq_len"):
-        if given.get(name, preset[name]) != saved[name]:
-            raise ValueError(
-                f"--{name} {given.get(name, preset[name])} does not fit the checkpoint, whose "
-                f"model has {name} {saved[name]}: leave --model and --{name} out, or start anew"
-            )
-    if given.get("init_from", saved.get("init_from")) != saved.get("init_from"):
-        raise ValueError(
-            f"--init_from {given['init_from']}: the checkpoint to resume began with "
-            f"{saved.get('init_from') or 'random weights'} and has its own by now; leave out "
-            "--init_from to resume, --resume to start anew"
-        )
-    # A value that was derived is derived again when what it came from is given anew.
-    derived_from = {
-        "max_steps": {"epochs", "total_batch_size", "data_dir"},
-        "min_lr": {"max_lr", "schedule"},
-    }
-    asked = set(checkpoint["asked"])
-    stale = {n for n, sources in derived_from.items() if n not in asked and sources & set(given)}
-    same_machine = made_on == {"device_type": device, "world_size": world_size}
-    return merge(config_class, given, saved, same_machine, stale)
+    folder = Path(early.checkpoint_dir)
+    if early.run_name is not None:
+        run_folders.validate_run_name(early.run_name)
+    begun = dist.begun(folder)  # by an earlier attempt of this torchrun (--max-restarts)
+    if early.run_name is not None and not early.decay_from and begun != early.run_name:
+        begun = None  # an older run by the same --rdzv_id
+    restarted = begun is not None
+    name = begun or early.run_name
+    if early.decay_from:
+        if early.resume not in (None, "auto"):
+            problem = "--decay_from says where to begin, give only that"
+            raise inputs.wrong("resume", early.resume, problem)
+        branched = Path(early.decay_from)
+        source = branched.resolve().parent
+        name = name or f"{source.name}-{branched.stem}-decayed"
+        if (folder / name).resolve() == source:
+            problem = "is the run itself, give the branch another name"
+            raise inputs.wrong("run_name", name, problem)
+    flag = ("resume", early.resume)
+    with inputs.about(*flag):
+        path, rank = newest(dist, lambda: find_checkpoint(early.resume, name, folder, restarted))
+    if path is None and early.decay_from:
+        flag = ("decay_from", early.decay_from)
+        with inputs.about(*flag):
+            path, rank = newest(dist, lambda: Path(early.decay_from))
+        return Start(name, path, rank, flag, branches_off=True, restarted=restarted)
+    return Start(name, path, rank, ("resume", early.resume or path), restarted=restarted)
 
 
-def validate(cfg, world_size: int) -> None:
-    """ValueError for what cannot work: the flag, its value and the fix. None is not decided yet."""
-    check_ranges(cfg)
+def newest(dist, find) -> tuple[Path | None, int]:
+    """Return which of the checkpoints that `find()` -> path finds on the disks of the machines,
+    which may be one disk, was saved last, and a rank that can read it; (None, 0) if there is none.
+    ValueError if that is what is wrong on all of them."""
 
-    def need(ok: bool, name: str, what: str):
-        if not ok:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: {what}")
+    def look():
+        try:
+            path = find() if dist.is_node_main else None
+            return path and (files.read_info(path).get("saved_at", 0.0), str(path)), None
+        except ValueError as error:
+            return None, str(error)
 
-    need(cfg.decay_share < 1, "decay_share", "must be below 1")
-    need(cfg.momentum < 1, "momentum", "must be below 1")
-    need(cfg.beta1 < 1, "beta1", "must be below 1")
-    need(cfg.beta2 < 1, "beta2", "must be below 1")
-    need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
-    need(cfg.min_lr <= cfg.max_lr, "min_lr", f"must not be above --max_lr {cfg.max_lr:g}")
-    prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
-    need(prompt > 0, "sample_prompt", "must not be empty")
-    need(
-        prompt + cfg.sample_tokens <= cfg.seq_len or cfg.sample_freq == 0,
-        "sample_tokens",
-        f"with the prompt's {prompt} does not fit into --seq_len {cfg.seq_len}",
-    )
-    need(cfg.val_tokens >= cfg.seq_len, "val_tokens", f"is less than one --seq_len {cfg.seq_len}")
-    micro = cfg.micro_batch_size or 1
-    unit = cfg.seq_len * world_size * micro
-    nearest = max(unit, round(cfg.total_batch_size / unit) * unit)
-    need(
-        cfg.total_batch_size % unit == 0,
-        "total_batch_size",
-        f"must be a multiple of {unit} = {cfg.seq_len} tokens x {world_size} process(es) x "
-        f"micro-batch {micro}; the nearest is {nearest}",
-    )
-    if cfg.max_steps is not None and cfg.warmup_steps is not None:
-        fits = cfg.warmup_steps <= cfg.max_steps
-        need(fits, "warmup_steps", f"is more than the run's {cfg.max_steps} steps")
+    looks = dist.everywhere(look)
+    found = [(*file, -rank) for rank, (file, _) in enumerate(looks) if file is not None]
+    if found:
+        _, path, rank = max(found, key=lambda f: (f[0], f[2]))
+        return Path(path), -rank
+    for error in filter(None, (error for _, error in looks)):
+        raise ValueError(error)
+    return None, 0
 
 
 def find_checkpoint(
     resume: str | None, run_name: str | None, checkpoint_dir: Path, restarted: bool
 ) -> Path | None:
-    """The file that --resume means; None: for auto, where there is nothing to resume.
+    """Return the file that --resume means; None for auto, where there is nothing to resume.
 
     restarted: run_name is what an earlier attempt of this torchrun began. Its newest checkpoint
     counts then, unless --resume names a file that is further.
@@ -127,8 +125,17 @@ def find_checkpoint(
     return Path(resume) if by_path else path
 
 
+def of_branch(start: Start, given: dict, saved, step: int, last_stable: int | None) -> dict:
+    """Return the flags of this command with those that --decay_from decides."""
+    if start.branches_off:
+        return given | plan_decay(given, saved, step, last_stable)
+    if "decay_from" in given:  # goes on with the branch, which was planned when it began
+        return {k: v for k, v in given.items() if k not in ("max_steps", "decay_share")}
+    return given
+
+
 def plan_decay(given: dict, saved, step: int, last_stable: int | None) -> dict:
-    """Flags that let a stable wsd run decay from a checkpoint on, in the same share of the run.
+    """Return the flags that let a stable wsd run decay from a checkpoint on, in the same share.
 
     saved: the checkpoint's Config. ValueError if `step` is not in the stable part of such a run.
     """
@@ -152,51 +159,261 @@ def plan_decay(given: dict, saved, step: int, last_stable: int | None) -> dict:
         if max_steps <= step:
             raise ValueError(f"--max_steps {max_steps}: the decay begins at step {step}, give more")
         return {"max_steps": max_steps, "decay_share": (max_steps - step) / max_steps}
-    raise ValueError(f"--decay_from {given['decay_from']}: is a checkpoint {what}")
+    raise inputs.wrong("decay_from", given["decay_from"], f"is a checkpoint {what}")
+
+
+# --- Flags and checkpoint -------------------------------------------------------------------------
+
+
+def merge_config(
+    config_class, presets: dict, given: dict, checkpoint: dict, device: str, world_size: int
+):
+    """Return (flags over checkpoint over defaults, names ever asked for).
+
+    ValueError for a flag that asks for another model than the checkpoint holds.
+    """
+    saved, preset = checkpoint["config"], presets.get(given.get("model"), {})
+    for name in ("recipe", "optimizer", "init_from", *presets["gpt2"]):
+        there = saved.get(name, getattr(config_class, name))  # the default: older than the flag
+        asked = given.get(name, preset.get(name, there))
+        if asked != there:
+            model = "--model and " if name in presets["gpt2"] else ""
+            raise inputs.wrong(
+                name,
+                asked,
+                f"does not fit the checkpoint, which has {name} {there}: leave {model}--{name} "
+                "out to resume, or --resume to start anew",
+            )
+    same_machine = checkpoint["machine"] == {"device_type": device, "world_size": world_size}
+    return flags.merge(config_class, given, saved, {*checkpoint["asked"]}, same_machine)
+
+
+def validate(cfg, world_size: int) -> None:
+    """Raise ValueError for what cannot work, a line each: flag, value and fix.
+
+    None is not decided yet.
+    """
+    flags.check_ranges(cfg)
+    problems = []
+
+    def need(ok: bool, name: str, what: str):
+        if not ok:
+            problems.append(str(inputs.wrong(name, getattr(cfg, name), what)))
+
+    for name in ("decay_share", "momentum", "beta1", "beta2"):
+        need(getattr(cfg, name) < 1, name, "must be below 1")
+    need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
+    need(cfg.min_lr <= cfg.max_lr, "min_lr", f"must not be above --max_lr {cfg.max_lr:g}")
+    prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
+    need(prompt > 0, "sample_prompt", "must not be empty")
+    need(
+        prompt + cfg.sample_tokens <= cfg.seq_len or cfg.sample_freq == 0,
+        "sample_tokens",
+        f"with the {prompt} of --sample_prompt does not fit into --seq_len {cfg.seq_len}",
+    )
+    need(cfg.val_tokens >= cfg.seq_len, "val_tokens", f"is less than one --seq_len {cfg.seq_len}")
+    micro = cfg.micro_batch_size or 1
+    unit = cfg.seq_len * world_size * micro
+    nearest = max(unit, round(cfg.total_batch_size / unit) * unit)
+    need(
+        cfg.total_batch_size % unit == 0,
+        "total_batch_size",
+        f"must be a multiple of {unit} = {cfg.seq_len} tokens x {world_size} process(es) x "
+        f"micro-batch {micro}; the nearest is {nearest}",
+    )
+    if cfg.max_steps is not None and cfg.warmup_steps is not None:
+        fits = cfg.warmup_steps <= cfg.max_steps
+        need(fits, "warmup_steps", f"is more than the run's {cfg.max_steps} steps")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def take_init(cfg, presets: dict, flags_now: dict, dist) -> dict:
+    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
+    weights = {}
+
+    def read():
+        preset = presets.get(flags_now.get("model"), {})
+        with inputs.about("init_from", cfg.init_from):
+            shape, found = pretrained.for_training(
+                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
+            )
+        weights.update(found)
+        return shape
+
+    shape = dist.on_main(read)
+    vars(cfg).update(shape)
+    alike = [m for m, p in presets.items() if p | {"seq_len": cfg.seq_len} == shape]
+    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
+    return weights
 
 
 # --- Data and folders -----------------------------------------------------------------------------
 
 
-def build_sample_corpus(folder: str) -> None:
-    """A small corpus from text that every Python installation carries, if it is not there yet."""
-    print(
-        f"No data prepared: training on a small sample corpus in {folder}, made from the "
-        "documentation inside this Python installation.\nFor the real run prepare FineWeb-Edu: "
-        "python src/prepare_data.py (28 GB download; see QUICK_START.md)",
-        flush=True,
-    )
-    if not Path(folder, "manifest.json").exists():
-        sample_text.sample_corpus(folder)
+def open_data(cfg, dist) -> tuple:
+    """Return (training windows, validation windows, HellaSwag items), from this machine's disk.
+
+    The same on all machines, or ValueError names one that differs.
+    """
+    found = {}
+
+    def open_here():
+        with inputs.about("data_dir", cfg.data_dir):
+            for split in ("train", "val"):
+                found[split] = open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed)
+        with inputs.about("hellaswag_file", cfg.hellaswag_file):
+            found["items"] = hellaswag_items(cfg)
+        return {
+            "--data_dir, training": found["train"].fingerprint,
+            "--data_dir, validation": found["val"].fingerprint,
+            "--hellaswag_file, items": len(found["items"]),
+        }
+
+    dist.agree(dist.everywhere(open_here))
+    return found["train"], found["val"], found["items"]
 
 
-def preflight(run, checkpoint: dict | None) -> None:
-    """Rank 0: claim the output folders and try them, before anything expensive."""
-    cfg = run.cfg
-    folder = run.checkpoint_folder
-    log_folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
+def build_sample_corpus(folder: str, dist) -> None:
+    """Say that training begins with the sample corpus, and make it where it is not there yet."""
+    if dist.is_main:
+        print(
+            f"No data prepared: training on a small sample corpus in {folder}, one novel by "
+            "Charles Dickens.\nFor the real run prepare FineWeb-Edu: python src/prepare_data.py "
+            "(28 GB download; see QUICK_START.md)",
+            flush=True,
+        )
+
+    def build():
+        if dist.is_node_main and not Path(folder, "manifest.json").exists():
+            sample_text.sample_corpus(folder)
+
+    dist.on_main(build)
+    dist.everywhere(build)  # on machines that have a disk of their own
+
+
+def is_other_data(cfg, seen: dict, data) -> bool:
+    """Return whether the data is not what the checkpoint saw; ValueError unless that is allowed."""
+    if seen["fingerprint"] == data.fingerprint:
+        return False
+    if not cfg.allow_data_change:
+        raise inputs.wrong(
+            "data_dir",
+            cfg.data_dir,
+            f"{data.num_tokens:,} tokens with fingerprint {data.fingerprint}, but the checkpoint "
+            f"saw {seen['tokens']:,} with {seen['fingerprint']}; give that folder, or "
+            "--allow_data_change",
+        )
+    return True
+
+
+def check_length(run, sample_dir: str) -> None:
+    """Raise ValueError for a run that is over already, or too long for the sample corpus."""
+    cfg, step = run.cfg, run.state.step
+    if cfg.max_steps < step:
+        raise ValueError(
+            f"--max_steps {cfg.max_steps}: the checkpoint {run.resumed_from} is already at step "
+            f"{step}; give a larger number"
+        )
+    epochs = cfg.max_steps * cfg.total_batch_size / run.train_data.num_tokens
+    asked = [n for n in ("max_steps", "epochs", "total_batch_size") if n in run.flags_ever_given]
+    small = cfg.data_dir == sample_dir and "data_dir" not in run.flags_ever_given
+    if small and asked and epochs > SAMPLE_EPOCHS:
+        raise inputs.wrong(
+            asked[0],
+            getattr(cfg, asked[0]),
+            f"is {epochs:,.0f} times through the small sample corpus, which a model soon knows by "
+            "heart: prepare real data (python src/prepare_data.py), or say --data_dir "
+            f"{sample_dir} if that is meant",
+        )
+
+
+def hellaswag_items(cfg) -> list[scoring.Item]:
+    """Return what there is to score on; [] where that is off or the file is not there."""
+    there = cfg.hellaswag_freq and Path(cfg.hellaswag_file).exists()
+    return scoring.load_items(cfg.hellaswag_file) if there else []
+
+
+def say_changes(run, checkpoint: dict, given: dict) -> None:
+    """Say where a run goes on and what is different now; keep what changes learning in the run."""
+    state = run.state
+    changes = flags.changes(run.cfg, checkpoint["config"], given)
+    if checkpoint["data"]["fingerprint"] != run.train_data.fingerprint:
+        text = "training data: another set (--allow_data_change), from its beginning; the best "
+        changes.append((f"{text}validation loss begins anew", True))
+    run.changes = [f"step {state.step}: {text}" for text, learned in changes if learned]
+    if run.dist.is_main:
+        print(f"resuming from {run.resumed_from}, step {state.step:,}: {summary.history(run)}")
+        for change in state.changes:
+            print(f"  changed earlier, at {change}")
+        for text, _ in changes:
+            print(f"  changed since the checkpoint: {text}")
+
+
+def next_command(run, command: flags.CommandLine, finished: bool, last_stable: int | None) -> str:
+    """Return what to type to go on: the same command, with --resume; "" if that cannot be said.
+
+    last_stable: of a wsd run, the step whose checkpoint a longer run goes on from.
+    """
+    cfg, typed = run.cfg, dict(command.typed)
+    if "config" in typed and not Path(typed["config"]).is_file():  # a pipe: it was read
+        of_command = [f for f in fields(cfg) if f.metadata["resume"] == flags.COMMAND]
+        in_file = command.in_file
+        typed = {f.name: in_file[f.name] for f in of_command if f.name in in_file} | typed
+        del typed["config"]
+    typed |= {"resume": "auto" if "decay_from" in typed else "latest", "run_name": cfg.run_name}
+    if finished:
+        for name in ("decay_from", "decay_share", "epochs"):
+            typed.pop(name, None)
+        typed |= {"resume": "latest", "max_steps": 2 * cfg.max_steps}
+        stable = files.step_path(run.checkpoint_folder, last_stable or 0)
+        if last_stable and stable.exists():
+            name = f"{cfg.run_name}-longer"
+            typed |= {"resume": os.path.relpath(stable), "run_name": name}
+    elif not run_folders.list_checkpoints(run.checkpoint_folder):
+        return "the same command again, nothing is saved yet"
+    script = Path(__file__).parents[1] / "train_improved.py"
+    secret = [name for name in ("notify", "heartbeat") if "..." in typed.get(name, "")]
+    typed = {name: value for name, value in typed.items() if name not in secret}
+    typed = [os.path.relpath(script), *flags.words(typed, type(cfg))]
+    once_more = f"  # and {' '.join(f'--{name}' for name in secret)} again: no address is stored"
+    once_more = once_more if secret else ""
+    commands = [shlex.join([*start, *typed]) + once_more for start in run.dist.starts]
+    if len(commands) > 1:
+        commands.insert(0, f"one of these on each of {len(commands)} machines:")
+    return "\n".join(commands)
+
+
+def check_unused(run) -> None:
+    """Raise ValueError where there are checkpoints of the run's name, but of another run."""
+    cfg, folder = run.cfg, run.checkpoint_folder
     existing = run_folders.list_checkpoints(folder)
     if existing and not run.resumes_own_name:
         problem = f"{folder} holds checkpoints up to step {existing[-1].step} already; go on with "
         problem += "--resume latest"
         if cfg.resume == "auto":
             problem = f"none of the checkpoints in {folder} is whole; move them away"
-        raise ValueError(f"--run_name {cfg.run_name}: {problem}, or choose another name")
+        raise inputs.wrong("run_name", cfg.run_name, f"{problem}, or choose another name")
+
+
+def preflight(run, checkpoint: dict | None) -> None:
+    """Claim the output folders and try them, before anything expensive. For rank 0."""
+    cfg, folder = run.cfg, run.checkpoint_folder
+    check_unused(run)
+    log_folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
     warnings = []
     for name, path in (("checkpoint_dir", folder), ("tensorboard_dir", log_folder)):
-        try:
+        with inputs.about(name, getattr(cfg, name)):
             warnings += [durable.check_writable(path)]
-        except ValueError as error:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: {error}") from None
         if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
-            run.locks.append(run_folders.RunLock().acquire(path))
+            patience = LOCK_PATIENCE if run.restarted else 0.0
+            run.locks.append(run_folders.RunLock().acquire(path, patience))
     run_folders.sweep(folder)
-    for beyond in existing if run.resumes_own_name else ():
+    for beyond in run_folders.list_checkpoints(folder) if run.resumes_own_name else ():
         if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it
             beyond.path.rename(beyond.path.with_name(f"set_aside_{beyond.path.name}"))
             print(f"{beyond.path} is beyond the resumed step: renamed to set_aside_...", flush=True)
-    step = checkpoint["step"] if checkpoint else 0
-    warnings += summary.disk_warnings(run, step, folder, log_folder)
+    warnings += summary.disk_warnings(run, folder, log_folder)
     warnings += [summary.memory_warning(run), summary.store_config(run, log_folder)]
     for warning in filter(None, warnings):
         print(marked(f"WARNING {warning}"), flush=True)

@@ -14,7 +14,7 @@ watching thread ends them once rank 0 has said that it is done.
 | a second SIGINT                         | this process leaves at once                            |
 | SIGUSR1 on any rank                     | a checkpoint of the last finished step, then on        |
 | `max_hours` over                        | rank 0 saves, all leave with 0                         |
-| another rank died                       | rank 0 saves, all leave with 1                         |
+| another rank died, or is silent (peers) | rank 0 saves, all leave with 1                         |
 | torchrun itself was killed              | noticed by the change of parent: as SIGTERM            |
 | no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, exit 1                  |
 | terminal or pipe of the output is gone  | what is printed is dropped, training goes on           |
@@ -35,6 +35,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK = 0.2  # seconds between looks of the watching thread
 _SAME_PRESS = 0.3  # seconds within which two SIGINT are one Ctrl-C that came by two ways
 _GRACE = 5.0  # seconds for the other processes to react
+_LAST_WAIT = 25.0  # seconds that rank 0 has to save when another process is silent
 _STARTED = time.monotonic()
 # Keys in the process group's store; what follows a slash is a rank.
 _STOP, _LEFT, _SAVE, _HANG = (f"supervisor/{name}" for name in ("stop", "left", "save", "hang"))
@@ -86,12 +87,14 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 class Supervisor:
-    """One per process, made in the main thread after the process group (whose `store` it uses)."""
+    """One per process, made in the main thread. peers: peers.Peers, where there are others."""
 
-    def __init__(self, rank=0, world_size=1, store=None, hang_timeout=900.0, max_hours=None):
-        self.rank, self.world_size = rank, world_size
-        self.store = store if world_size > 1 else None
+    def __init__(self, rank=0, world_size=1, peers=None, hang_timeout=900.0, max_hours=None):
+        self.rank, self.world_size, self.peers = rank, world_size, peers
+        self.store = peers.store if peers is not None else None
         self.hang_timeout = hang_timeout
+        self._lost_since: float | None = None  # a silent peer, which we may be waiting for
+        self._leaving = self._told = False
         self._stop: tuple[int, str] | None = None
         self._save = False
         self._first_sigint = None
@@ -105,16 +108,28 @@ class Supervisor:
         self._old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
+        if peers is not None:
+            peers.on_lost, peers.exchange = self._on_lost, self._exchange
+            if peers.lost is not None:
+                self._on_lost(peers.lost)
 
-    def poll(self, waiting: bool = False) -> None:
-        """Say "I am alive", unless `waiting` for something that may never come; raise StopRequested
-        on rank 0 if it is time to leave."""
+    def alive(self, waiting: bool = False) -> None:
+        """Say "I am alive", unless `waiting` for something that may never come;
+        from whichever thread."""
         now = time.monotonic()
         if not waiting:
             self._beat = now
         if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
-        if self._stop is not None and self.rank == 0:
+
+    def poll(self, waiting: bool = False, agree=bool, all_ranks: bool = False) -> None:
+        """As `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
+        where agree(own wish) says on each whether any wants to."""
+        self.alive(waiting)
+        if agree(self._stop is not None) and (self.rank == 0 or all_ranks):
+            while self._stop is None:  # another rank's reason is on its way
+                time.sleep(_TICK)
+            self._leaving = True
             raise StopRequested(*self._stop)
 
     def take_save_request(self) -> bool:
@@ -132,9 +147,12 @@ class Supervisor:
             return error
         if self.world_size == 1 or not is_lost_peer(error):
             raise error
+        self._leaving = True
         time.sleep(5 * _TICK)  # a signal or a reason may be on its way
         gone = [str(r) for r, pid in self._pids.items() if not _alive(pid)]
         who = f"rank {', '.join(gone)} has died" if gone else "another process has died"
+        if not gone and self.peers.lost is not None:
+            who = self.peers.lost
         code, reason = self._stop or (1, who)
         print(f"rank {self.rank}: {who}, this process ends", file=sys.stderr)
         return StopRequested(code, reason)
@@ -143,11 +161,8 @@ class Supervisor:
         """At the end. Rank 0, after its last checkpoint, tells the others to end with the same exit
         code; another rank that stops gives rank 0 the time to save."""
         if self.rank == 0 and self.store is not None:
-            try:
-                self.store.set(_LEFT, str(code))
-                time.sleep(3 * _TICK)  # the store may live in this process: let the others read it
-            except Exception as e:  # the launcher that held the store is gone: they watch our pid
-                print(f"could not reach the other processes ({e}); they end by themselves")
+            self.store.set(_LEFT, str(code))
+            time.sleep(5 * _TICK)  # the store is in this process: let the others read it
         elif self._stop is not None and self.rank > 0:
             time.sleep(_GRACE)  # the watching thread ends this process before that, if all is well
         self.close()
@@ -155,6 +170,8 @@ class Supervisor:
     def close(self) -> None:
         """Stop watching and give the signals back."""
         self._closed.set()
+        if self.peers is not None:
+            self.peers.close()
         self._thread.join()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -189,7 +206,6 @@ class Supervisor:
     # -- the watching thread -----------------------------------------------------------------------
 
     def _watch(self):
-        told = False
         last_tick = time.monotonic()
         while not self._closed.wait(_TICK):
             now = time.monotonic()
@@ -201,25 +217,34 @@ class Supervisor:
             gone = self._launcher is not None and os.getppid() != self._launcher
             if gone and self._stop is None:
                 self._stop = (128 + signal.SIGTERM, "the process that started this one is gone")
-            if self.store is None:
-                continue
-            try:
-                told = self._exchange(told)
-            except Exception:  # the store is gone with the launcher: the pid below still tells
-                if self._stop is None:
-                    self._stop = (128 + signal.SIGTERM, "the launcher's store is gone")
             if 0 in self._pids and not _alive(self._pids[0]):
-                print(f"rank {self.rank}: rank 0 has died, this process ends", file=sys.stderr)
-                self._exit_now(self._stop[0] if self._stop else 1)
+                self._end_for("rank 0 has died")
+            waited = 0 if self._lost_since is None else now - self._lost_since
+            if waited > min(_LAST_WAIT, self.hang_timeout) and not self._leaving:
+                self._end_for(f"{self.peers.lost} and this process waits for it")
 
-    def _exchange(self, told: bool) -> bool:
-        """One look into the store, in both directions; whether our reason to stop is in there."""
-        if self._stop is not None and not told:
+    # -- with the others: in the threads of peers.Peers --------------------------------------------
+
+    def _on_lost(self, who: str):
+        """Rank 0 saves when it next polls; the others have nothing to save."""
+        if self._stop is None:
+            self._stop = (1, who)
+        if self.rank > 0:
+            self._end_for(who)
+        self._lost_since = time.monotonic()
+
+    def _end_for(self, who: str):
+        print(f"rank {self.rank}: {who}, this process ends", file=sys.stderr)
+        self._exit_now(self._stop[0] if self._stop else 1)
+
+    def _exchange(self):
+        """One look into the store, in both directions."""
+        if self._stop is not None and not self._told:
             self.store.set(_STOP, f"{self._stop[0]} {self._stop[1]} (rank {self.rank})")
-            told = True
+            self._told = True
         if self._stop is None and self.store.check([_STOP]):
             code, reason = self.store.get(_STOP).decode().split(" ", 1)
-            self._stop, told = (int(code), reason), True
+            self._stop, self._told = (int(code), reason), True
         if self.rank > 0 and self.take_save_request():
             self.store.set(_SAVE, "")
         if self.rank == 0 and self.store.check([_SAVE]):
@@ -230,7 +255,6 @@ class Supervisor:
         if self.store.check([_HANG]) and not self.store.check([f"{_HANG}/{self.rank}"]):
             self._show_stacks(f"rank {self.rank}: stacks, because another rank hangs")
             self.store.set(f"{_HANG}/{self.rank}", "")
-        return told
 
     def _die_of_hang(self):
         self._show_stacks(
@@ -238,20 +262,22 @@ class Supervisor:
             "process is gone or stuck, or a device is. Stacks of this process follow; start again "
             "with --resume latest."
         )
-        if self.store is not None:
-            with contextlib.suppress(Exception):  # a store that is gone: our own stacks must do
-                self._ask_for_stacks()
+        if self.store is not None:  # which may never answer
+            asking = threading.Thread(target=self._ask_for_stacks, daemon=True)
+            asking.start()
+            asking.join(2 * _GRACE)
         self._exit_now(1)
 
     def _ask_for_stacks(self):
         """Give every rank the time to show its stacks too; name those that do not answer."""
-        self.store.set(f"{_HANG}/{self.rank}", "")
-        self.store.set(_HANG, "")
         silent = set(range(self.world_size)) - {self.rank}
-        deadline = time.monotonic() + _GRACE
-        while silent and time.monotonic() < deadline:
-            time.sleep(_TICK)
-            silent = {rank for rank in silent if not self.store.check([f"{_HANG}/{rank}"])}
+        with contextlib.suppress(Exception):  # a store that is gone: our own stacks must do
+            self.store.set(f"{_HANG}/{self.rank}", "")
+            self.store.set(_HANG, "")
+            deadline = time.monotonic() + _GRACE
+            while silent and time.monotonic() < deadline:
+                time.sleep(_TICK)
+                silent = {rank for rank in silent if not self.store.check([f"{_HANG}/{rank}"])}
         for rank in sorted(silent):
             pid = self._pids.get(rank)
             where = f"process {pid}, {_state(pid)}" if pid else "on another host"

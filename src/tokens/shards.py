@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -161,7 +162,7 @@ def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | Non
     prepare = "prepare data with python src/prepare_data.py"
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"data folder {folder} {what}: {prepare}, or give another --data_dir")
+        raise ValueError(f"{folder} {what}: {prepare}, or give another --data_dir")
     entries = read_manifest(folder)
     found: dict[str, list[str]] = {"train": [], "val": []}
     for path in sorted(folder.iterdir()):
@@ -173,28 +174,28 @@ def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | Non
         unknown = sorted({*found["train"], *found["val"]} - entries.keys())
         if unknown:
             raise ValueError(
-                f"data folder {folder}: {unknown[0]} is not in its {MANIFEST}; move it to another "
+                f"{folder}: {unknown[0]} is not in its {MANIFEST}; move it to another "
                 f"folder, or delete {MANIFEST} to have all shards taken as they are"
             )
         found = {s: [n for n in sorted(entries) if entries[n]["split"] == s] for s in found}
     elif (folder / "meta.pkl").exists():
         raise ValueError(
-            f"data folder {folder} holds characters, not GPT-2 tokens (its meta.pkl is nanoGPT's "
+            f"{folder} holds characters, not GPT-2 tokens (its meta.pkl is nanoGPT's "
             "character table): prepare its text with python src/prepare_data.py --source FILE"
         )
     elif (folder / ".prepare").is_dir():
         raise ValueError(
-            f"data folder {folder}: its preparation is not finished; run the same prepare_data.py "
+            f"{folder}: its preparation is not finished; run the same prepare_data.py "
             "command again, it goes on where it was"
         )
     if not found[split]:
         if not found["train"] and not found["val"]:
             raise ValueError(
-                f"data folder {folder} holds no shards (.bin or .npy files with 'train' or 'val' "
+                f"{folder} holds no shards (.bin or .npy files with 'train' or 'val' "
                 f"in their names): {prepare}, or give another --data_dir"
             )
         raise ValueError(
-            f"data folder {folder} has no {'validation' if split == 'val' else 'training'} split "
+            f"{folder} has no {'validation' if split == 'val' else 'training'} split "
             f"(no shard with '{split}' in its name): {prepare}, which makes one, or rename one of "
             f"its shards so that '{split}' stands for its split"
         )
@@ -237,22 +238,30 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
 
 
 def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction]]:
-    """ "DIR", "A:0.7 B:0.3" or a list of such -> [(folder, share)], the shares adding up to 1."""
+    """ "DIR", "A:0.7 B:0.3" or a list of such -> [(folder, share)], the shares adding up to 1.
+
+    In one text a folder with a blank in its name is quoted as in a shell: "'my books:0.7' B:0.3".
+    """
     entries = data_dir if isinstance(data_dir, list | tuple) else [str(data_dir)]
-    if len(entries) == 1 and not Path(entries[0]).exists():
-        words = entries[0].split()
-        if any(_weight(word)[1] for word in words):
-            entries = words
-    if len(entries) == 1 and (Path(entries[0]).exists() or _weight(entries[0])[1] is None):
-        return [(entries[0], Fraction(1))]
+    if len(entries) == 1:
+        (entry,) = entries
+        folder = _weight(entry)[0]
+        for whole in (entry, folder):
+            if os.path.exists(os.path.expanduser(whole)):
+                return [(os.path.expanduser(whole), Fraction(1))]
+        try:
+            words = shlex.split(entry)
+        except ValueError:  # an apostrophe
+            words = entry.split()
+        if not any(_weight(word)[1] for word in words):
+            return [(os.path.expanduser(entry), Fraction(1))]
+        entries = words
     parsed = [_weight(entry) for entry in entries]
     for entry, (folder, share) in zip(entries, parsed, strict=True):
         if not share:
-            raise ValueError(
-                f"--data_dir: {entry!r} needs a positive share, as in 'data/a:0.7 data/b:0.3'"
-            )
+            raise ValueError(f"{entry!r} needs a positive share, as in 'data/a:0.7 data/b:0.3'")
         if [folder for folder, _ in parsed].count(folder) > 1:
-            raise ValueError(f"--data_dir: {folder} is given twice; add up its shares")
+            raise ValueError(f"{folder} is given twice; add up its shares")
     total = sum(share for _, share in parsed)
     return [(folder, share / total) for folder, share in parsed]
 
@@ -260,7 +269,7 @@ def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction
 def _weight(entry: str) -> tuple[str, Fraction | None]:
     folder, colon, number = entry.rpartition(":")
     if colon and re.fullmatch(r"\d+(\.\d*)?|\.\d+", number):
-        return folder, Fraction(number)
+        return os.path.expanduser(folder), Fraction(number)
     return entry, None
 
 

@@ -88,7 +88,7 @@ class WindowSource:
         for stream in streams:
             if stream.num_tokens < T + 1:
                 raise ValueError(
-                    f"data folder {stream.paths[0].parent} has {stream.num_tokens:,} tokens in "
+                    f"{stream.paths[0].parent} has {stream.num_tokens:,} tokens in "
                     f"{stream.paths[0].name}{' ...' if len(stream.paths) > 1 else ''}, fewer than "
                     f"one window of {T} + 1: prepare more, or lower --seq_len"
                 )
@@ -147,7 +147,7 @@ def _block_of(shares: list[Fraction], largest: int = 10_000) -> np.ndarray:
     for k in rest[: size - sum(counts)]:
         counts[k] += 1
     if min(counts) == 0:
-        raise ValueError(f"--data_dir: a share is below 1 in {largest:,}, too little to draw from")
+        raise ValueError(f"a share is below 1 in {largest:,}, too little to draw from")
     return np.repeat(np.arange(len(shares)), counts)
 
 

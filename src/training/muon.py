@@ -12,6 +12,8 @@ sharing the work among processes.
 import torch
 import torch.distributed
 
+from training.sharding import as_part_of, local, shared_out, whole
+
 # A step of the iteration is x <- a x + b (x x') x + c (x x')^2 x. These coefficients grow small
 # singular values fast and are not meant to converge: five steps end between 0.7 and 1.2.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -37,6 +39,11 @@ def orthogonalized(x, dtype: torch.dtype):
 _all_gather = getattr(
     torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
 )
+
+
+def _cost(p, group) -> int:
+    """Of orthogonalizing a matrix, up to a factor."""
+    return p.numel() * min(p.size(0) // group["parts"], p.size(1))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -69,8 +76,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
         keep = 1.0 if self.found_inf is None else (self.found_inf == 0).float()
         matrices = [(p, g) for g in self.param_groups if "parts" in g for p in g["params"]]
+        if self._sharded(matrices):  # alike beside each other: each process takes one of a few
+            matrices.sort(key=lambda pg: _cost(*pg))
         for (p, group), update in zip(matrices, self._updates(matrices), strict=True):
             rows, columns = p.size(0) // group["parts"], p.size(1)
+            p = local(p)
             p.mul_(1 - keep * (group["lr"] * group["weight_decay"]))
             # Root mean square 0.2 of the rate, about that of AdamW's updates.
             p.add_(update * keep, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
@@ -81,9 +91,12 @@ class MuonAdamW(torch.optim.Optimizer):
             for p, group in matrices:
                 yield self._orthogonalized(self._direction(p, group), group["parts"])
             return
+        if self._sharded(matrices):
+            yield from self._sharded_updates(matrices)
+            return
         # The costliest first, each to the process that has least: the same plan everywhere.
         load, lengths, places = [0] * self.world_size, [0] * self.world_size, {}
-        cost = [p.numel() * min(p.size(0) // g["parts"], p.size(1)) for p, g in matrices]
+        cost = [_cost(p, group) for p, group in matrices]
         for i in sorted(range(len(matrices)), key=lambda i: -cost[i]):
             rank = load.index(min(load))
             places[i] = rank, lengths[rank]
@@ -104,12 +117,31 @@ class MuonAdamW(torch.optim.Optimizer):
             start += rank * len(mine)
             yield everything[start : start + p.numel()].view_as(p)
 
+    def _sharded_updates(self, matrices):
+        """The same where each process has some rows of each matrix: they are put together, as many
+        matrices at a time as there are processes, each orthogonalizes one and gives out its rows.
+        Yields what is in this process."""
+        for start in range(0, len(matrices), self.world_size):
+            some, updates = matrices[start : start + self.world_size], []
+            for rank, (p, group) in enumerate(some):
+                direction = whole(as_part_of(p, self._direction(p, group)))
+                updates.append(torch.empty(p.shape, dtype=self.dtype, device="meta"))
+                if rank == self.rank:
+                    updates[-1] = self._orthogonalized(direction, group["parts"])
+            for rank, (p, _) in enumerate(some):
+                yield local(shared_out(updates[rank], p, source=rank))
+
+    @staticmethod
+    def _sharded(matrices) -> bool:
+        return bool(matrices) and local(matrices[0][0]) is not matrices[0][0]
+
     def _direction(self, p, group):
-        """Updates the momentum of a matrix -> what Nesterov's rule makes of it."""
+        """Updates the momentum of a matrix -> what Nesterov's rule makes of it; of a sharded one,
+        of what is in this process."""
         state, momentum = self.state[p], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer, grad = state["momentum_buffer"], p.grad
+        buffer, grad = local(state["momentum_buffer"]), local(p.grad)
         if self.found_inf is not None:  # instead of a bad gradient the mean so far: it stays so
             grad = torch.where(self.found_inf == 0, grad, buffer)
         buffer.lerp_(grad, 1 - momentum)
