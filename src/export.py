@@ -330,7 +330,7 @@ def export(path: Path, out: Path) -> tuple[dict[str, int], dict | None]:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    parser = terminal.Parser(description=__doc__.split("\n\nSections")[0])
+    parser = terminal.Parser(description=(__doc__ or "").split("\n\nSections")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, run's folder, or latest")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     args = parser.parse_args(argv)

@@ -43,8 +43,8 @@ processes read and tokenize units (where a file cannot be entered in the middle,
 reads and hands them the content) and send the tokens back; the main process puts them in order and
 writes shards. A journal in DIR/.prepare says which shards are finished: after kill -9 the same
 command goes on behind them, and the result does not depend on the number of workers. Memory,
-however large the corpus: at most 0.3 GB in each process, two shards that are being written (0.4 GB
-at the default size), and ten times the longest document.
+however large the corpus: at most 0.3 GB in each process, three times a shard (0.6 GB at the default
+size), and ten times the longest document.
 
 Exit codes: 0 done; 2 wrong usage, bad input, disk full; 129/130/143 stopped by SIGHUP, SIGINT,
 SIGTERM.
@@ -135,7 +135,7 @@ OPTIONS += ("shard_tokens", "encoding")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    description, details = __doc__.split("\n", 1)
+    description, details = (__doc__ or "\n").split("\n", 1)  # none with python -OO
     parser = terminal.Parser(
         description=description,
         epilog=details,
@@ -268,7 +268,7 @@ def prepare(args: argparse.Namespace) -> int:
             return 0
     found = sources.find_all(args, begun.get("commits", {}))
     files = found.files
-    for note in found.notes:
+    for note in found.notes[:9] + [f"and {len(found.notes) - 9} more"] * (len(found.notes) > 9):
         print(f"WARNING {note}", file=sys.stderr)
     say_left_out(args, found)
     plan = {

@@ -486,7 +486,7 @@ def port(text: str) -> int:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    parser = terminal.Parser(description=__doc__.rsplit("\n\n", 1)[0])
+    parser = terminal.Parser(description=(__doc__ or "").rsplit("\n\n", 1)[0])
     # fmt: off
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, a folder of runs, or a run's name in --tensorboard_dir [all that are there]")  # noqa: E501
     parser.add_argument("--tensorboard_dir", default="runs", metavar="FOLDER", help="where runs are looked for by name [runs]")  # noqa: E501

@@ -355,7 +355,7 @@ def run(options: Options) -> None:
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 2 wrong input, 130 stopped by Ctrl-C."""
-    description = __doc__.rsplit("\n\n", 1)[0]
+    description = (__doc__ or "").rsplit("\n\n", 1)[0]
     run(Options(**parse_flags(Options, description, sys.argv[1:] if argv is None else argv)))
     return 0
 

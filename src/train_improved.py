@@ -13,7 +13,6 @@ disk?), training (what acts on tensors?), tokens (how does text become batches?)
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -102,7 +101,7 @@ class Config:
         path=True, resume=COMMAND)
 
     recipe: str = flag("reference",
-        "reference, or fast: Muon and 0.4 of the tokens; other flags win over it",
+        "reference, or fast: Muon for 0.4 of the length, a bet for gpt2; other flags win over it",
         group="model", choices=tuple(RECIPES), overrides=under_recipe)
     n_layer: int | None = flag(None, "blocks [of the model]", least=1, derived_from="model")
     n_head: int | None = flag(None, "heads per block [of the model]", least=1, derived_from="model")
@@ -232,7 +231,7 @@ class Config:
 
 def read_flags() -> CommandLine:
     """Read the command line and its file, once; exit code 2 and a sentence for what is wrong."""
-    return read_command_line(Config, __doc__.rsplit("\n\n", 1)[0], sys.argv[1:])
+    return read_command_line(Config, (__doc__ or "").rsplit("\n\n", 1)[0], sys.argv[1:])
 
 
 # PyTorch takes a second or more to load: --help and typing errors do not wait for it.
@@ -242,28 +241,38 @@ COMMAND_LINE = read_flags() if __name__ == "__main__" else None
 # 2.2 times as fast (LAB_NOTES.md). Read once, when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from checkpointing import background, files, pretrained, run_folders
+from checkpointing import background, files, run_folders
 from monitoring import health, notify, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
 from runtime import doctor, flags, launch, machine, planning
 from runtime.distributed import Distributed
+from runtime.in_flight import InFlight
+from runtime.passes import prepare_pass, take_less_memory
 from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
+from runtime.state import (
+    TrainState,
+    checkpoint_of,
+    make_moments,
+    read_checkpoint,
+    restore,
+    state_of,
+)
 from tokens import shards, tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
-from training import muon, scoring, sharding
-from training.chunked_loss import chunked_cross_entropy, next_token_losses
-from training.generation import KVCache, generate
+from training import evaluation, muon, sharding
+from training.chunked_loss import chunked_cross_entropy
+from training.generation import KVCache
 from training.guard import Guard, GuardGaveUp, LossScale
+from training.schedule import last_stable_step, learning_rate
 
 # --- Configuration --------------------------------------------------------------------------------
 
@@ -296,26 +305,6 @@ def resolve_model(cfg: Config, device: str) -> None:
     if cfg.sample_tokens is None:
         prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
         cfg.sample_tokens = max(1, min(64, cfg.seq_len - prompt))
-
-
-def resolve_init(cfg: Config, flags_now: dict, dist: Distributed) -> dict:
-    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
-    weights = {}
-
-    def read():
-        preset = PRESETS.get(flags_now.get("model"), {})
-        with about("init_from", cfg.init_from):
-            shape, found = pretrained.for_training(
-                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
-            )
-        weights.update(found)
-        return shape
-
-    shape = dist.on_main(read)
-    vars(cfg).update(shape)
-    alike = [m for m, p in PRESETS.items() if p | {"seq_len": cfg.seq_len} == shape]
-    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
-    return weights
 
 
 def resolve_length(cfg: Config, train_tokens: int, step: int = 0, seen: int = 0) -> None:
@@ -435,7 +424,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx_BT) + self.transformer.wpe(positions)
         for layer, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                x = recomputed(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, mask, cache, layer)
         if cache is not None:
@@ -453,33 +442,6 @@ class GPT(nn.Module):
 
 
 # --- Optimizer ------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
-
-    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
-    the last --decay_share of the run.
-    """
-    if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
-        rise = min(1.0, step / max(1, cfg.warmup_steps))
-        fall = min(1.0, (cfg.max_steps - step) / (cfg.decay_share * cfg.max_steps))
-        return min(rise * cfg.max_lr, cfg.min_lr + fall * (cfg.max_lr - cfg.min_lr))
-    if step <= cfg.warmup_steps:
-        return cfg.max_lr * step / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    if cfg.schedule == "linear":
-        share = 1 - progress
-    else:
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.min_lr + share * (cfg.max_lr - cfg.min_lr)
-
-
-def last_stable_step(cfg: Config) -> int | None:
-    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
-    if cfg.schedule != "wsd":
-        return None
-    return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)
 
 
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
@@ -508,230 +470,10 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     return muon.MuonAdamW(muon_groups, adamw, precision)
 
 
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainState:
-    """All that a resume needs beside weights, optimizer and random numbers; plain values only."""
-
-    step: int = 0  # finished updates
-    position: int = 0  # windows of this training data consumed
-    tokens: int = 0  # in the finished updates, of whatever batch size and data
-    evaluated_step: int = -1  # last step whose evaluation is complete and logged
-    validation_loss: float = math.inf  # of the last evaluation
-    best_loss: float = math.inf
-    hellaswag: float = -1.0  # accuracy at the last evaluation, -1 = never scored
-    recent_losses: list = dataclasses.field(default_factory=list)  # the guard's window
-    consecutive_skips: int = 0
-    skipped_updates: int = 0
-    rollbacks: int = 0
-    train_seconds: float = 0.0  # in training steps, over all restarts
-    total_seconds: float = 0.0  # since the very first start, while a process was running
-    device_seconds: float = 0.0  # the same times the number of processes
-    watt_seconds: float = 0.0  # energy of the devices, where they report it
-    changes: list = dataclasses.field(default_factory=list)  # by resumes, that changed learning
-    health_memory: dict = dataclasses.field(default_factory=health.new_memory)
-    health_seconds: dict = dataclasses.field(default_factory=health.new_time_memory)
-
-
-def checkpoint_of(run: "Run") -> dict:
-    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True.
-
-    Of a sharded model every rank must ask for it, and rank 0 gets it.
-    """
-    weights, optimizer = run.model.state_dict(), run.optimizer.state_dict()
-    if sharding.is_sharded(run.model):
-        weights, optimizer = sharding.gathered(run.model, optimizer, run.dist.is_main)
-    rng = {"cpu": torch.get_rng_state()}
-    if run.dist.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "model": weights,
-        "optimizer": optimizer,
-        "step": run.state.step,
-        "config": dataclasses.asdict(run.cfg),
-        "asked": sorted(run.flags_ever_given),
-        "state": dataclasses.asdict(run.state),
-        "rng": rng,
-        "loss_scale": [run.loss_scale.scale, run.loss_scale.good_steps],
-        "data": {"fingerprint": run.train_data.fingerprint, "tokens": run.train_data.num_tokens},
-        "tokenizer": tokenizer.fingerprint(),
-        "machine": {"device_type": run.dist.device.type, "world_size": run.dist.world_size},
-        "run_name": run.cfg.run_name,
-    }
-
-
-def restore(run: "Run", checkpoint: dict) -> None:
-    """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run."""
-    vars(run.state).update(vars(state_of(checkpoint, run.cfg, run.train_data)))
-    run.state.changes += [change for change in run.changes if change not in run.state.changes]
-
-    def here(tensor, like):
-        if run.dist.world_size == 1 or not isinstance(tensor, torch.Tensor):
-            return tensor
-        return sharding.shared_out(tensor, like, checkpoint["read_by"])
-
-    names = dict(run.model.named_parameters(remove_duplicate=False))
-    weights = {name: here(t, names.get(name)) for name, t in checkpoint["model"].items()}
-    run.model.load_state_dict(weights)
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    params = [p for group in run.optimizer.param_groups for p in group["params"]]
-    moments = {
-        i: {name: here(t, params[i]) for name, t in of_one.items()}
-        for i, of_one in checkpoint["optimizer"]["state"].items()
-    }
-    run.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
-    for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
-        group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
-    device = run.dist.device
-    run.loss_scale.scale, run.loss_scale.good_steps = (
-        t.to(device, copy=True) for t in checkpoint["loss_scale"]
-    )
-    # Copies, here too: a tensor of the mapped file would hold its disk space until we end.
-    for of_one in run.optimizer.state.values() if device.type == "cpu" else ():
-        of_one |= {k: v.clone() for k, v in of_one.items() if isinstance(v, torch.Tensor)}
-    torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"].cpu())
-
-
-def state_of(checkpoint: dict, cfg: Config, train_data: WindowSource) -> TrainState:
-    """Return what is past. What was found on other data than this run's begins anew."""
-    saved = {"tokens": checkpoint["step"] * checkpoint["config"]["total_batch_size"]}
-    saved |= checkpoint["state"]  # in older ones without "tokens"
-    state = TrainState()
-    for name, value in vars(state).items():
-        if name.startswith("health_"):  # of another version, or forged: what is known counts
-            setattr(state, name, value | saved.get(name, {}))
-        else:
-            setattr(state, name, saved.get(name, value))
-    if checkpoint["config"]["val_tokens"] != cfg.val_tokens:
-        state.best_loss = math.inf
-    if checkpoint["data"]["fingerprint"] != train_data.fingerprint:
-        state.position, state.recent_losses = 0, []
-        state.validation_loss = state.best_loss = math.inf
-        state.health_memory = health.new_memory()
-    return state
-
-
-def make_moments(run: "Run") -> None:
-    """Let the optimizer make its moments, by an update that is skipped on the device: what a
-    checkpoint will hold is known before the first step."""
-    for p in run.model.parameters():
-        p.grad = torch.zeros_like(p)
-    run.optimizer.found_inf = torch.ones((), device=run.dist.device)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-
-
-CHECKPOINT_LAYOUT = {
-    **{"model": dict, "optimizer": dict, "step": int, "run_name": str, "tokenizer": str},
-    **{"config": Config, "asked": [str], "state": TrainState, "loss_scale": [torch.Tensor]},
-    "rng": {"cpu": torch.Tensor},
-    "data": {"fingerprint": str, "tokens": int},
-    "machine": {"device_type": str, "world_size": int},
-}
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
-    checkpoint = files.load(path)
-    files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT)
-    # Before a model of that size is built: the weights are what the configuration says.
-    weights, config = checkpoint["model"], checkpoint["config"]
-    shapes = [getattr(weights.get(f"transformer.{n}.weight"), "shape", ()) for n in ("wte", "wpe")]
-    layers = sum(str(name).endswith(".ln_1.weight") for name in weights)
-    there = [*shapes[0][1:], *shapes[1][:1], layers]
-    if there != [config.get(name) for name in ("n_embd", "seq_len", "n_layer")]:
-        raise ValueError(f"{path} is no checkpoint of this program: its weights have other shapes")
-    if checkpoint["tokenizer"] != tokenizer.fingerprint():
-        raise ValueError(
-            f"{path} was trained with tokenizer {checkpoint['tokenizer']}, this installation has "
-            f"{tokenizer.fingerprint()}: its token ids would mean other text"
-        )
-    return checkpoint
-
-
-def read_checkpoint(dist: Distributed, path: Path, rank: int) -> dict:
-    """Return what is in a checkpoint, on all ranks. `rank` reads it; on the others the large
-    tensors, which they get from it when they are restored, are but shapes (`meta`)."""
-    checkpoint = {}
-
-    def read():
-        checkpoint.update(load_checkpoint(path))
-        large = ("model", "optimizer") if dist.world_size > 1 else ()
-        shapes = {k: files.map_tensors(checkpoint[k], lambda t, _: t.to("meta")) for k in large}
-        return checkpoint | shapes
-
-    everyones = dist.on_rank(rank, read)
-    return everyones | checkpoint | {"read_by": rank}
-
-
-# --- Evaluation -----------------------------------------------------------------------------------
-# All of it runs the plain model, never the compiled one, and draws from generators of its own:
-# training goes on with the same numbers whether or not it was evaluated.
-
-EVAL_TOKENS = 16_384  # in a forward pass without gradients
-Poll = Callable[[], None]  # called often: notices signals, may raise
-
-
-@contextlib.contextmanager
-def reading_data():
-    """Data that goes bad in mid-run: stop with the work saved, and name it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise StopRequested(2, str(error)) from None
-
-
-def validation_loss(run: "Run", poll: Poll) -> tuple[float, torch.Tensor]:
-    """Mean loss (nats per token) of the first --val_tokens validation tokens, in fixed order, and
-    the mean at each position of the context, (T,)."""
-    cfg, dist = run.cfg, run.dist
-    num_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    mine = np.arange(dist.rank, num_windows, dist.world_size)
-    batch_size = max(1, EVAL_TOKENS // cfg.seq_len)
-    sums = []  # on the device: the host waits for them once, at the end
-    for start in range(0, len(mine), batch_size):
-        poll()
-        with reading_data():
-            windows = run.val_data.windows_in_order(mine[start : start + batch_size])
-        batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
-        with torch.inference_mode(), run.autocast():
-            x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
-            targets = batch[:, 1:].reshape(-1)
-            losses_N = next_token_losses(x_NC, run.model.lm_head.weight, targets)
-            sums.append(losses_N.view(-1, cfg.seq_len).sum(0))
-    total_T = torch.zeros(cfg.seq_len, dtype=torch.float64)
-    for sum_T in sums:
-        total_T += sum_T.cpu()
-    by_position = dist.sum(total_T) / num_windows
-    return float(by_position.mean()), by_position
-
-
-def hellaswag_accuracy(run: "Run", poll: Poll) -> float:
-    """Share of the validation items whose right ending has the lowest mean loss (chance 0.25)."""
-    mine = run.hellaswag_items[run.dist.rank :: run.dist.world_size]
-    results = scoring.score(run.model, mine, autocast=run.autocast, poll=poll)
-    correct = torch.tensor([sum(r.predicted == r.label for r in results), len(results)])
-    correct, total = run.dist.sum(correct).tolist()
-    return correct / total
-
-
-def samples(run: "Run", poll: Poll) -> list[str]:
-    """Texts that go on from --sample_prompt: a function of weights, seed and step, on any rank."""
-    cfg, enc = run.cfg, tokenizer.get_tokenizer()
-    generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
-    prompt = enc.encode_ordinary(cfg.sample_prompt)
-    with run.autocast():
-        rows = generate(
-            run.model, [prompt], cfg.sample_tokens, generator, count=cfg.num_samples, poll=poll
-        )
-    return [cfg.sample_prompt + enc.decode(row) for row in rows]
-
-
 # --- Training -------------------------------------------------------------------------------------
+
+
+Poll = Callable[[], None]  # called often: notices signals, may raise
 
 
 @dataclass
@@ -763,16 +505,25 @@ class Run:
         return torch.autocast(self.dist.device.type, self.dtype)
 
 
+@contextlib.contextmanager
+def reading_data():
+    """Data that goes bad in mid-run: stop with the work saved, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
+
+
 def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
     by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss, by_position = validation_loss(run, poll)
+        state.validation_loss, by_position = evaluation.validation_loss(run, poll, reading_data)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
-        state.hellaswag = hellaswag_accuracy(run, poll)
+        state.hellaswag = evaluation.hellaswag_accuracy(run, poll)
     if due(cfg.sample_freq, state, cfg):
-        texts = samples(run, poll)
+        texts = evaluation.samples(run, poll)
     if due(cfg.eval_freq, state, cfg) and state.validation_loss < state.best_loss:
         state.best_loss = state.validation_loss
     monitor.evaluation(run, by_position, texts, time.monotonic() - start)
@@ -803,21 +554,6 @@ def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> tor
     return forward_backward(run, train_model, batch, poll)
 
 
-def take_less_memory(run: Run, error: RuntimeError) -> None:
-    """Go on with a smaller micro-batch after an out-of-memory; raise any other error again."""
-    cfg, size = run.cfg, run.cfg.micro_batch_size
-    if not machine.is_out_of_memory(error) or size == 1:
-        raise error
-    sequences = cfg.total_batch_size // cfg.seq_len // run.dist.world_size
-    cfg.micro_batch_size = machine.smaller(size, sequences)
-    machine.remember_shortage(run.model, run.dist.device, run.dtype, cfg.micro_batch_size)
-    print(
-        f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
-        f"{cfg.micro_batch_size} from now on (same batch, same numbers)",
-        flush=True,
-    )
-
-
 def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
     """One forward and backward pass for each micro-batch."""
     micro_batches = batch.split(run.cfg.micro_batch_size)
@@ -831,27 +567,6 @@ def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) ->
             (loss * run.loss_scale.scale).backward()
         mean_loss += loss.detach()
     return run.dist.sum(mean_loss) / run.dist.world_size
-
-
-@dataclass
-class InFlight:
-    """A step's metrics on their way from the device, and what the host knew when it was queued."""
-
-    values: torch.Tensor  # loss, norm, whether it was bad; at a check also norms of the update
-    lr: float
-    limit: float  # of the loss, by the guard
-    first_window: int  # of the data order
-
-    def __post_init__(self):
-        self.arrived = None
-        if self.values.device.type != "cpu":
-            self.arrived = torch.Event(self.values.device)
-            self.values = self.values.to("cpu", non_blocking=True)
-            self.arrived.record()
-
-    def wait(self, poll: Poll) -> None:
-        if self.arrived is not None:
-            machine.wait_until(self.arrived, poll)
 
 
 class Training:
@@ -1061,7 +776,7 @@ def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
         "position": loader.position,
         "consecutive_skips": 0,
     }
-    restore(run, read_checkpoint(run.dist, path, rank))
+    restore(run, read_checkpoint(run.dist, path, rank, Config))
     for name, value in carried.items():
         setattr(state, name, value)
     loader.seek(state.position)
@@ -1084,7 +799,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     start, checkpoint = planning.find_start(early, dist), None
     if start.path is not None:
         with about(*start.flag):
-            checkpoint = read_checkpoint(dist, start.path, start.rank)
+            checkpoint = read_checkpoint(dist, start.path, start.rank, Config)
         saved, _ = flags.merge(Config, {}, checkpoint["config"], {*checkpoint["asked"]}, True)
         stable = last_stable_step(saved)
         flags_now = planning.of_branch(start, flags_now, saved, checkpoint["step"], stable)
@@ -1096,9 +811,10 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         cfg, flags_ever_given = merge_config(
             Config, PRESETS, flags_now, checkpoint, device_type, dist.world_size
         )
+    flags.check_ranges(cfg)  # before anything follows from a number that makes no sense
     weights = {}
     if cfg.init_from and checkpoint is None:
-        weights = resolve_init(cfg, flags_now, dist)
+        weights = planning.take_init(cfg, PRESETS, flags_now, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
     new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -1193,31 +909,6 @@ def for_doctor(flags_now: dict) -> doctor.Program:
     return doctor.Program(given, plan, *trying, reference, SAMPLE_DIR)
 
 
-def prepare_pass(run: Run, asked: bool | None) -> nn.Module:
-    """Return what a step calls: the model, compiled if it can be, in DDP if there are others."""
-    cfg, dist = run.cfg, run.dist
-
-    def wrap(model):
-        alone = dist.world_size == 1 or sharding.is_sharded(run.model)
-        return model if alone else sharding.replicate(model)
-
-    if not cfg.compile:
-        return wrap(run.model)
-    say = functools.partial(print, flush=True) if dist.is_main else lambda text: None
-    while True:
-        shape = cfg.micro_batch_size, cfg.seq_len + 1
-        ids = torch.zeros(shape, dtype=torch.long, device=dist.device)
-        try:
-            passed = machine.compiled(run.model, ids, run.autocast, asked, wrap, say)
-            break
-        except RuntimeError as error:
-            take_less_memory(run, error)
-        machine.empty_cache(dist.device)
-    run.optimizer.zero_grad(set_to_none=True)
-    train_model, cfg.compile = passed
-    return train_model
-
-
 def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
@@ -1228,11 +919,7 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     run.optimizer = make_optimizer(run.model, cfg)
     run.loss_scale = LossScale(run.dtype, dist.device)
     if checkpoint is not None:
-        try:
-            restore(run, checkpoint)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{run.resumed_from} does not fit this program: {reason}") from None
+        restore(run, checkpoint)
     if not run.optimizer.state:
         make_moments(run)
     asked_to_compile = cfg.compile

@@ -31,10 +31,12 @@ import torch
 import train_improved as ti
 from checkpointing import files
 from conftest import die_at_call
+from training import evaluation
 
 kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv = [str(Path(ti.__file__)), *sys.argv[4:]]
-forward_backward, validation_loss, forward = ti.forward_backward, ti.validation_loss, ti.GPT.forward
+forward_backward, forward = ti.forward_backward, ti.GPT.forward
+validation_loss = evaluation.validation_loss
 calls = 0
 
 
@@ -65,17 +67,17 @@ def faulty_forward_backward(run, train_model, batch, poll):
     return loss
 
 
-def faulty_validation_loss(run, poll):
+def faulty_validation_loss(run, poll, reading):
     if kind in ("crash", "hang") and run.state.step >= first:
         if kind == "crash":
             os.kill(os.getpid(), 9)
         time.sleep(3600)
     if kind == "slow" and run.state.step >= first:
-        ti.EVAL_TOKENS = run.cfg.seq_len  # a batch of one window
+        evaluation.EVAL_TOKENS = run.cfg.seq_len  # a batch of one window
         read = run.val_data.windows_in_order
         run.val_data.windows_in_order = lambda index: (time.sleep(last), read(index))[1]
         print("evaluating", flush=True)
-    return validation_loss(run, poll)
+    return validation_loss(run, poll, reading)
 
 
 def faulty_save(*args, **kwargs):
@@ -108,6 +110,6 @@ def faulty_next_batch(loader, poll=None):
 
 next_batch = ti.StepLoader.next_batch
 ti.StepLoader.next_batch = faulty_next_batch
-ti.forward_backward, ti.validation_loss = faulty_forward_backward, faulty_validation_loss
+ti.forward_backward, evaluation.validation_loss = faulty_forward_backward, faulty_validation_loss
 ti.GPT.forward = faulty_forward
 supervisor.end(ti.main())

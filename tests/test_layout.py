@@ -86,9 +86,10 @@ def test_no_circles():
 
 @pytest.mark.parametrize("command", [SCRIPT, *COMMANDS])
 def test_every_command_says_help_from_any_folder(tmp_path, command):
-    argv = [sys.executable, str(SRC / f"{command}.py"), "--help"]
-    said = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert said.returncode == 0 and "usage:" in said.stdout, said.stderr
+    for optimized in ("-O", "-OO"):  # no docstrings, as PYTHONOPTIMIZE=2 in an image
+        argv = [sys.executable, optimized, str(SRC / f"{command}.py"), "--help"]
+        said = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert said.returncode == 0 and "usage:" in said.stdout, said.stderr
 
 
 def test_the_script_runs_once_in_a_process(tmp_path, data):

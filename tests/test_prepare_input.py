@@ -292,6 +292,11 @@ def test_other_damage_is_refused(tmp_path, capsys):
     write(tmp_path, {"flipped.jsonl.gz": bytes(data), "good.jsonl": lines(ENGLISH)})
     assert run("--source", tmp_path, "--out", tmp_path / "out") == 2
     is_refused(capsys, tmp_path / "out", "bytes", "flipped.jsonl.gz")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=(bytes(data),), daemon=True).start()
+    assert run("--source", pipe, "--out", tmp_path / "out") == 2
+    is_refused(capsys, tmp_path / "out", "bytes", "pipe 0")
 
 
 @pytest.mark.parametrize(
@@ -397,6 +402,16 @@ def test_the_same_file_in_both_splits(tmp_path, capsys):
     flags = ("--source", tmp_path / "v.jsonl", "--val_source", tmp_path / "v.jsonl")
     assert run(*flags, "--out", tmp_path / "out2") == 2
     is_refused(capsys, tmp_path / "out2", "--source: nothing is left")
+
+
+def test_splits_in_names_are_noticed(tmp_path, capsys):
+    parts = {f"data/{s}-00000.jsonl": lines([s]) for s in ("train", "test", "validation")}
+    write(tmp_path, parts | {"data/more.jsonl": lines(["trainer attested"])})
+    assert run("--source", tmp_path / "data", "--out", tmp_path / "out") == 0
+    assert "test, train, validation are all read as training" in capsys.readouterr().err
+    flags = ("--source", tmp_path / "data", "--val_source", tmp_path / "data", "--split", "train")
+    assert run(*flags, "--val_split", "validation", "--out", tmp_path / "out2") == 0
+    expect(tmp_path / "out2", ["validation", "train"])
 
 
 def test_paths_as_people_write_them(tmp_path, capsys, monkeypatch):

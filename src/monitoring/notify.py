@@ -15,6 +15,7 @@ answers with an error costs a line in the log now and then.
 
 import contextlib
 import io
+import math
 import os
 import queue
 import re
@@ -444,6 +445,9 @@ class Addresses:
     targets: list[tuple[str, Callable[[Message], None]]]
     heartbeat: str | None
     every: float  # seconds between digests
+
+
+NOBODY = Addresses([], None, math.inf)
 
 
 def take_addresses(typed: dict, in_file: dict) -> Addresses:

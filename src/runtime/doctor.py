@@ -71,7 +71,7 @@ class Program:
     sample_dir: str
 
 
-def examine(program: Program, addresses: notify.Addresses) -> int:
+def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> int:
     """Look at everything -> exit code 0, or 2 if there is a problem."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from basics import durable, inputs
 from basics.words import marked
-from checkpointing import files, run_folders
+from checkpointing import files, pretrained, run_folders
 from monitoring import summary
 from runtime import flags
 from tokens import sample_text, tokenizer
@@ -226,6 +226,26 @@ def validate(cfg, world_size: int) -> None:
         need(fits, "warmup_steps", f"is more than the run's {cfg.max_steps} steps")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def take_init(cfg, presets: dict, flags_now: dict, dist) -> dict:
+    """Take the shape of --init_from; return its weights on rank 0, {} on the others."""
+    weights = {}
+
+    def read():
+        preset = presets.get(flags_now.get("model"), {})
+        with inputs.about("init_from", cfg.init_from):
+            shape, found = pretrained.for_training(
+                cfg.init_from, flags_now, preset, cfg.checkpoint_dir
+            )
+        weights.update(found)
+        return shape
+
+    shape = dist.on_main(read)
+    vars(cfg).update(shape)
+    alike = [m for m, p in presets.items() if p | {"seq_len": cfg.seq_len} == shape]
+    cfg.model = cfg.model or (alike[0] if alike else None)  # and its learning rate
+    return weights
 
 
 # --- Data and folders -----------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def tokenize_unit(spans: list[Span], options: dict) -> tuple[np.ndarray, Part]:
         tokens=len(tokens),
         weight=sum(span.weight for span in spans),
         lost=sum(span.lost for span in spans),
-        damage=[f"{span.file.path}: {span.damage}" for span in spans if span.damage],
+        damage=[f"{span.file.name}: {span.damage}" for span in spans if span.damage],
         counts=counts,
         fields=counts.fields,
     )
@@ -166,6 +166,7 @@ class Preparation:
         self.searched = 0  # tokens in which no start of a document was found beyond the target
         self.writer = ThreadPoolExecutor(1)  # writes a shard while the next one is filled
         self.writing = None
+        self.opened = contextlib.ExitStack()
 
     # The journal
 
@@ -173,6 +174,7 @@ class Preparation:
         """Take up what an interrupted run left in the folder, and sweep what it did not finish."""
         path, whole = self.folder / "journal", 0
         self.journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.opened.callback(os.close, self.journal)
         for line in path.read_bytes().splitlines(keepends=True):
             try:
                 record = json.loads(line)
@@ -192,7 +194,8 @@ class Preparation:
             shard = self.out / entry["name"]
             if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{shard} was finished, and is missing or cut: remove {self.out}")
-        self.head_file = open(self.folder / "head.bin", "ab")  # noqa: SIM115
+        head = open(self.folder / "head.bin", "ab")  # noqa: SIM115
+        self.head_file = self.opened.enter_context(head)
         self.head_file.truncate(2 * self.head)
         for folder, names in ((self.folder, ".tmp-*"), (self.out, ".tmp-*_*.bin-*")):
             for temporary in folder.glob(names):
@@ -269,7 +272,7 @@ class Preparation:
         """
         place, counts = self.place, self.place.counts
         skipped = sum(counts[key] for key in corpus.SKIPPED)
-        lost, size = place.lost + left_out, max(size, place.weight + place.lost) + left_out
+        lost, size = place.lost + left_out, (size or place.weight + place.lost) + left_out
         losses = (
             (skipped, counts["documents"] + skipped, "documents", corpus.SKIPPED),
             (lost, size, "bytes", ()),
@@ -300,6 +303,7 @@ class Preparation:
 
     def close(self) -> None:
         self.writer.shutdown()
+        self.opened.close()
 
     # Validation
 

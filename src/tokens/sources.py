@@ -33,6 +33,7 @@ KNOWN = f"{' '.join(FORMATS)} (text also as {' '.join(COMPRESSIONS)})"
 BESIDE = re.compile(  # no part of a corpus, and not missed
     r"(readme|licen[cs]e|notice)(\.md|\.rst)?|(dataset_infos?|dataset_dict|state)\.json", re.I
 )
+SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])")
 SAMPLE = 8 << 20  # bytes of a file that its fingerprint covers
 HEAD = 1 << 16  # bytes of its content that tell what a file is
 
@@ -94,6 +95,13 @@ def find_all(args, commits: dict) -> Found:
         twin = contents.setdefault((file.size, file.sha256), file)
         if file.size and file.sha256 and twin is not file:
             found.notes.append(f"{file.path} holds the same as {twin.path}; both are read")
+    names = " ".join(os.path.basename(f.name).lower() for f in found.files if f.split == "train")
+    marks = sorted(set(SPLIT_IN_NAME.findall(names)))
+    if "train" in marks and len(marks) > 1:
+        found.notes.append(
+            f"files named {', '.join(marks)} are all read as training text: give --split train, or "
+            "name the files that you mean"
+        )
     for number, file in enumerate(file for file in found.files if file.pipe):
         file.name = f"pipe {number}" if file.path != "-" else "-"
     return found
