@@ -1,10 +1,10 @@
-"""Cut, kill, stop and bring back machines of a run at random moments; compare with a run left alone.
+"""Cut, kill, stop and bring back machines of a run at random; compare with a run left alone.
 
     python tests/cut_nodes.py --seed 1 --events 10
     python tests/cut_nodes.py --seed 2 --events 10 --shard --nodes 3
 
 Needs root: the machines are network namespaces (nodes.py) that share one disk. An event is drawn
-from the seed: kill -9 of a worker, of a whole machine (which types its command again later), SIGSTOP
+from the seed: kill -9 of a worker, of a whole machine (it types its command again later), SIGSTOP
 of a worker, a link that is down for seconds, or until its torchrun gave up. What must be true:
 
   * the run reaches its last step with who is there, whatever happened, without a flag;
