@@ -33,7 +33,8 @@ COMMANDS += ("src/checkpoint_files", "src/report", "src/sample", "src/export")
 # Flags of other programs that the documents use: a new one is looked up first, then added here.
 FOREIGN = {
     "tensorboard": {"--logdir", "--port", "--bind_all", "--samples_per_plugin", "--load_fast"},
-    "torchrun": {"--standalone", "--nproc_per_node", "--max-restarts"},
+    "torchrun": {"--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--local_addr"}
+    | {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv_conf"},
     "python": {"-m", "-c"},
     "python3": {"-m"},
     "pip": {"-r"},
@@ -67,6 +68,7 @@ SBATCH = {
     "--time",
     "--dependency",
     "--signal",
+    "--requeue",
 }
 SBATCH |= {"--open-mode", "--output", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
 
