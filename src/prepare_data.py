@@ -68,7 +68,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from basics import durable, host, terminal, words
+from basics import durable, host, inputs, terminal, words
 from checkpointing import run_folders
 from tokens import corpus, sources
 from tokens import shards as token_shards
@@ -170,7 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.name, args.prefix = args.name or FINEWEB_NAME, "fineweb_edu"
         if args.name == FINEWEB_NAME:
             args.out = args.out or FINEWEB_OUT
-    args.out = Path(os.path.expanduser(args.out or Path("data") / args.prefix))
+    args.out = Path(inputs.path(str(args.out or Path("data") / args.prefix)))
     args.separator = args.separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
     for name, least in (("workers", 1), ("shard_tokens", 1), ("val_tokens", 1)):
         if (value := getattr(args, name)) is not None and value < least:

@@ -698,7 +698,7 @@ def test_another_source_is_refused(begun, capsys, change, monkeypatch):
         elif change == "gone":
             path.unlink()
         elif change == "new":
-            extra.write_bytes(data)
+            extra.write_bytes(data + b"\n")
         else:  # of a file too large to be read as a whole, any sign of a change counts
             monkeypatch.setattr(sources, "SAMPLE", 1 << 16)
             os.utime(path)
