@@ -188,10 +188,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except LookupError:
         raise ValueError(f"--encoding {args.encoding}: Python knows no such encoding") from None
     s = args.separator
-    if any(s[:i] == s[-i:] for i in range(1, len(s))) or len(s.encode()) > corpus.BACK // 2:
+    if (corpus.overlaps(s) and len(set(s)) > 1) or len(s.encode()) > corpus.BACK // 2:
         raise ValueError(
-            f"--separator {s!r}: must be short and not end as it begins (like \\n\\n or aba), "
-            "or parts could be separated in more than one way"
+            f"--separator {s!r}: must be short and not end as it begins (like aba), or parts could "
+            "be separated in more than one way"
         )
     return args
 
