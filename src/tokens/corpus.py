@@ -51,8 +51,10 @@ def cutter(file: SourceFile, separator: str):
 
 @functools.cache
 def separator_pattern(separator: str, at_cut: bool = False) -> re.Pattern[bytes]:
-    """A separator in bytes; its line ends may be those of Windows. at_cut: only where no run of its
-    characters goes on from before, so that pairs in a run of newlines are the same from any place."""
+    """A separator in bytes; its line ends may be those of Windows.
+
+    at_cut: not inside of a run of its characters, where pairs depend on the beginning of the run.
+    """
     pattern = re.escape(separator.encode())
     pattern = pattern if "\r" in separator else pattern.replace(b"\\\n", b"\r?\n")
     if at_cut and overlaps(separator):
@@ -62,7 +64,7 @@ def separator_pattern(separator: str, at_cut: bool = False) -> re.Pattern[bytes]
 
 
 def overlaps(separator: str) -> bool:
-    """Does a separator end as it begins? Then the places where it stands depend on the beginning."""
+    """Does a separator end as it begins? Then where it stands depends on what was read before."""
     return any(separator[:i] == separator[-i:] for i in range(1, len(separator)))
 
 
