@@ -319,7 +319,7 @@ def test_an_endless_run_trains_and_saves(trained, tmp_path):
     step = next(line for line in lines if line.startswith("step") and "| loss" in line)
     assert "/1000000000000000" in step and " left" in step
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err
     assert run_folders.list_checkpoints(tmp_path / "checkpoints" / "a")
 
