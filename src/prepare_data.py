@@ -43,8 +43,8 @@ processes read and tokenize units (where a file cannot be entered in the middle,
 reads and hands them the content) and send the tokens back; the main process puts them in order and
 writes shards. A journal in DIR/.prepare says which shards are finished: after kill -9 the same
 command goes on behind them, and the result does not depend on the number of workers. Memory,
-however large the corpus: at most 0.3 GB in each process, two shards that are being written (0.4 GB
-at the default size), and ten times the longest document.
+however large the corpus: at most 0.3 GB in each process, three times a shard (0.6 GB at the default
+size), and ten times the longest document.
 
 Exit codes: 0 done; 2 wrong usage, bad input, disk full; 129/130/143 stopped by SIGHUP, SIGINT,
 SIGTERM.

@@ -96,6 +96,7 @@ def test_a_run_learns_and_says_where_everything_is(whole):
     assert "--resume latest --run_name a --use_tensorboard --max_steps 48" in out
     assert out.count("HellaSwag is off, ") == 1  # its data is not there
     assert out.index("of memory reserved for the copy") < out.index("step     1/24")
+    assert out.count("of memory reserved for the copy") == 1  # of the moments, too
     config = json.loads((cwd / "runs" / "a" / "config.json").read_text())
     assert config["config"]["max_lr"] == 0.01 and config["torch"] == torch.__version__
 
