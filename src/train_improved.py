@@ -198,7 +198,7 @@ class Config:
 
     notify: str | None = flag(None,
         "tell someone: addresses of Apprise (ntfy, mail, chat ...), $NAME from the environment, or "
-        "'cmd: ...' [nobody]", group="when nobody looks", several=True, resume=COMMAND)
+        "'cmd: ...' [nobody]", group="when nobody looks", several="again", resume=COMMAND)
     notify_every: str = flag("24h", "time between digests with the numbers, as 24h",
         resume=COMMAND)
     heartbeat: str | None = flag(None,
