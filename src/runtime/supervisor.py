@@ -45,13 +45,29 @@ _STOP, _LEFT, _SAVE, _HANG, _WRITTEN = (
 # --- Before training ------------------------------------------------------------------------------
 
 
+_at_work = False  # there is a Supervisor, which has the work saved first
+
+
 def begin() -> None:
     """To be called first, before the slow imports. Until there is a Supervisor a signal ends the
-    program at once, without a traceback, and SIGUSR1 has nothing to save."""
-    for number in _honoured():
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    program at once, without a traceback, and SIGUSR1 has nothing to save.
+
+    A thread hears of signals: the main thread may wait in C++ for another process that never
+    comes, where Python runs no handler.
+    """
+    for number in (*_honoured(), signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: None)
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(heard,), name="signals", daemon=True).start()
     terminal.make_lasting()
+
+
+def _hear(pipe: int) -> None:
+    while number := os.read(pipe, 1):
+        if not _at_work and number[0] in _honoured():
+            os._exit(128 + number[0])
 
 
 def _honoured() -> list[signal.Signals]:
@@ -106,6 +122,8 @@ class Supervisor:
         self._beat, self._pieces = time.monotonic(), 0
         self._closed = threading.Event()
         self._pids = self._share_pids()
+        global _at_work
+        _at_work = True
         self._old_handlers = {n: signal.signal(n, self._on_stop) for n in _honoured()}
         self._old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -177,6 +195,8 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop watching and give the signals back."""
+        global _at_work
+        _at_work = False
         self._closed.set()
         if self.peers is not None:
             self.peers.close()
