@@ -43,8 +43,8 @@ processes read and tokenize units (where a file cannot be entered in the middle,
 reads and hands them the content) and send the tokens back; the main process puts them in order and
 writes shards. A journal in DIR/.prepare says which shards are finished: after kill -9 the same
 command goes on behind them, and the result does not depend on the number of workers. Memory,
-however large the corpus: at most 0.3 GB in each process, two shards that are being written (0.4 GB
-at the default size), and ten times the longest document.
+however large the corpus: at most 0.3 GB in each process, three times a shard (0.6 GB at the default
+size), and ten times the longest document.
 
 Exit codes: 0 done; 2 wrong usage, bad input, disk full; 129/130/143 stopped by SIGHUP, SIGINT,
 SIGTERM.
@@ -68,7 +68,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from basics import durable, host, terminal, words
+from basics import durable, host, inputs, terminal, words
 from checkpointing import run_folders
 from tokens import corpus, sources
 from tokens import shards as token_shards
@@ -170,7 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.name, args.prefix = args.name or FINEWEB_NAME, "fineweb_edu"
         if args.name == FINEWEB_NAME:
             args.out = args.out or FINEWEB_OUT
-    args.out = Path(os.path.expanduser(args.out or Path("data") / args.prefix))
+    args.out = Path(inputs.path(str(args.out or Path("data") / args.prefix)))
     args.separator = args.separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
     for name, least in (("workers", 1), ("shard_tokens", 1), ("val_tokens", 1)):
         if (value := getattr(args, name)) is not None and value < least:
@@ -188,10 +188,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except LookupError:
         raise ValueError(f"--encoding {args.encoding}: Python knows no such encoding") from None
     s = args.separator
-    if any(s[:i] == s[-i:] for i in range(1, len(s))) or len(s.encode()) > corpus.BACK // 2:
+    if (corpus.overlaps(s) and len(set(s)) > 1) or len(s.encode()) > corpus.BACK // 2:
         raise ValueError(
-            f"--separator {s!r}: must be short and not end as it begins (like \\n\\n or aba), "
-            "or parts could be separated in more than one way"
+            f"--separator {s!r}: must be short and not end as it begins (like aba), or parts could "
+            "be separated in more than one way"
         )
     return args
 

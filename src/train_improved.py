@@ -811,6 +811,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         cfg, flags_ever_given = merge_config(
             Config, PRESETS, flags_now, checkpoint, device_type, dist.world_size
         )
+    flags.check_ranges(cfg)  # before anything follows from a number that makes no sense
     weights = {}
     if cfg.init_from and checkpoint is None:
         weights = planning.take_init(cfg, PRESETS, flags_now, dist)
@@ -988,7 +989,7 @@ def main(command: CommandLine | None = None) -> int:
         dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
     if saver is not None:
-        saver.progress = supervisor.alive  # a long write is no hang
+        saver.progress = supervisor.written  # a long write is no hang
     code, how, why = 0, "finished", ""
     monitor.begin(run)
     try:

@@ -524,7 +524,9 @@ def test_latest_anywhere_is_the_one_saved_last_that_is_whole(tmp_path):
     (tmp_path / "a-file").write_text("x")
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     save_step(outside, 1)
-    (tmp_path / "link").symlink_to(outside)
+    (tmp_path / "link").symlink_to(outside)  # a run on a disk of its own
+    assert run_folders.find_latest_anywhere(tmp_path)[0] == files.step_path(tmp_path / "link", 1)
+    (tmp_path / "link").unlink()
     assert run_folders.find_latest_anywhere(tmp_path) == (c, [])
     content = bytearray(c.read_bytes())
     content[1000] ^= 1
@@ -973,7 +975,7 @@ def test_run_names(tmp_path, name):
     ],
 )
 def test_names_that_could_be_paths_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="run name"):
+    with pytest.raises(ValueError, match="--run_name"):
         run_folders.run_folder(tmp_path, name)
 
 

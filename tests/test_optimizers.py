@@ -179,6 +179,29 @@ def test_a_bad_update_changes_nothing_and_the_next_ones_are_as_if_it_had_not_bee
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_made_before_the_first_step_change_nothing(name):
+    cfg = config(optimizer=name)
+    models = [small_model(), small_model()]
+    optimizers = [ti.make_optimizer(model, cfg) for model in models]
+    before = {n: p.detach().clone() for n, p in models[1].named_parameters()}
+    dist = SimpleNamespace(device=torch.device("cpu"))
+    ti.make_moments(SimpleNamespace(model=models[1], optimizer=optimizers[1], dist=dist))
+    assert all(torch.equal(p, before[n]) for n, p in models[1].named_parameters())
+    made = optimizers[1].state_dict()["state"]
+    assert len(made) == len(before)
+    assert not any(t.any() for moments in made.values() for t in moments.values())
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            gradients(model, step)
+            optimizer.found_inf = torch.tensor(0.0)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 LENGTH = "--max_steps 20 --warmup_steps 3 --run_name a".split()

@@ -292,6 +292,11 @@ def test_other_damage_is_refused(tmp_path, capsys):
     write(tmp_path, {"flipped.jsonl.gz": bytes(data), "good.jsonl": lines(ENGLISH)})
     assert run("--source", tmp_path, "--out", tmp_path / "out") == 2
     is_refused(capsys, tmp_path / "out", "bytes", "flipped.jsonl.gz")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=(bytes(data),), daemon=True).start()
+    assert run("--source", pipe, "--out", tmp_path / "out") == 2
+    is_refused(capsys, tmp_path / "out", "bytes", "pipe 0")
 
 
 @pytest.mark.parametrize(

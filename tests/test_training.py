@@ -96,6 +96,7 @@ def test_a_run_learns_and_says_where_everything_is(whole):
     assert "--resume latest --run_name a --use_tensorboard --max_steps 48" in out
     assert out.count("HellaSwag is off, ") == 1  # its data is not there
     assert out.index("of memory reserved for the copy") < out.index("step     1/24")
+    assert out.count("of memory reserved for the copy") == 1  # of the moments, too
     config = json.loads((cwd / "runs" / "a" / "config.json").read_text())
     assert config["config"]["max_lr"] == 0.01 and config["torch"] == torch.__version__
 
@@ -192,8 +193,8 @@ def wait_for_step(process, step, timeout=120):
     seen = []
     for line in process.stdout:
         seen.append(line)
-        words = line.replace("/", " ").replace(":", " ").split()
-        if words[:1] == ["step"] and int(words[1]) >= step:
+        done = re.search(r"step +([\d,]+)/", line)
+        if done and int(done[1].replace(",", "")) >= step:
             return seen
     raise AssertionError("ended before:\n" + "".join(seen) + process.stderr.read())
 

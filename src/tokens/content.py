@@ -144,7 +144,7 @@ class Content:
     def lost(self) -> int:
         """Bytes of the file that are not read, or that nothing is known of."""
         if not self.exact:
-            return self.file.size
+            return self.file.size or self.given
         rest = self.rest * self.position() // max(1, self.given)
         return max(1, self.file.size - self.position() + rest)
 

@@ -272,7 +272,7 @@ class Preparation:
         """
         place, counts = self.place, self.place.counts
         skipped = sum(counts[key] for key in corpus.SKIPPED)
-        lost, size = place.lost + left_out, max(size, place.weight + place.lost) + left_out
+        lost, size = place.lost + left_out, (size or place.weight + place.lost) + left_out
         losses = (
             (skipped, counts["documents"] + skipped, "documents", corpus.SKIPPED),
             (lost, size, "bytes", ()),
