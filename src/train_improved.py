@@ -989,7 +989,7 @@ def main(command: CommandLine | None = None) -> int:
         dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
     if saver is not None:
-        saver.progress = supervisor.alive  # a long write is no hang
+        saver.progress = supervisor.written  # a long write is no hang
     code, how, why = 0, "finished", ""
     monitor.begin(run)
     try:

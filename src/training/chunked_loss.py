@@ -44,6 +44,7 @@ def next_token_losses(x_NC, w_VC, y_N) -> torch.Tensor:
             F.cross_entropy(some[:, :VOCAB_SIZE].float(), targets, reduction="none")
             for some, targets in zip(logits.split(step), y.split(step), strict=True)
         ]
+        del logits  # before there are others
     return torch.cat(losses)
 
 
@@ -62,15 +63,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits, sum_of_losses = _gradient_that_fuses(logits, x, w, y)
                 loss += sum_of_losses
             else:
-                step = CACHE_ROWS if x.device.type == "cpu" else rows
-                for some, targets in zip(logits.split(step), y.split(step), strict=True):
-                    # Padding is no class: its logits stay 0 and meet rows of zeros in the products.
-                    loss += _gradient_in_place(some[:, :VOCAB_SIZE], targets)
+                # Padding is no class: its logits stay 0 and meet rows of zeros in the products.
+                _gradient_in_place(logits[:, :VOCAB_SIZE], y, loss)
             grad_x.append(logits @ w)
             if grad_w is None:
                 grad_w = (logits.T @ x).float()
             else:
                 _add_product(grad_w, logits, x)
+            del logits  # before there are others
         ctx.save_for_backward(torch.cat(grad_x), grad_w)
         ctx.num_tokens = len(y_N)
         return loss / ctx.num_tokens
@@ -82,17 +82,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (grad_x * scale).to(grad_x.dtype), grad_w[:VOCAB_SIZE] * scale, None
 
 
-def _gradient_in_place(logits, y) -> torch.Tensor:
-    """Replace logits by the gradient of their summed cross-entropy, softmax - onehot; the sum."""
-    scores = logits.float()
-    largest, target = scores.amax(1), scores.gather(1, y[:, None])[:, 0]
-    probs = scores.softmax(1)
-    # The logarithm of the sum of exp(logits), from what softmax left: no second exp pass, and
-    # never the logarithm of 0, since the largest probability is at least 1 / V.
-    logsumexp = largest - probs.amax(1).log()
-    probs.scatter_add_(1, y[:, None], probs.new_full((len(y), 1), -1.0))
-    logits.copy_(probs)
-    return (logsumexp - target).sum()
+def _gradient_in_place(logits, y, loss) -> None:
+    """Replace logits by the gradient of their summed cross-entropy, softmax - onehot; add the sum
+    to loss. A CPU takes as many rows at a time as its caches hold."""
+    step = CACHE_ROWS if logits.device.type == "cpu" else len(logits)
+    for some, targets in zip(logits.split(step), y.split(step), strict=True):
+        scores = some.float()
+        largest, target = scores.amax(1), scores.gather(1, targets[:, None])[:, 0]
+        probs = scores.softmax(1)
+        # The logarithm of the sum of exp(logits), from what softmax left: no second exp pass, and
+        # never the logarithm of 0, since the largest probability is at least 1 / V.
+        logsumexp = largest - probs.amax(1).log()
+        probs.scatter_add_(1, targets[:, None], probs.new_full((len(targets), 1), -1.0))
+        some.copy_(probs)
+        loss += (logsumexp - target).sum()
 
 
 def _gradient_that_fuses(logits, x, w, y) -> tuple[torch.Tensor, torch.Tensor]:
