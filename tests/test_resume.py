@@ -16,7 +16,7 @@ import export
 import train_improved as ti
 from checkpointing import files, run_folders
 from conftest import SCRIPT, SMALL, environment, run, start, write_data
-from monitoring import summary
+from monitoring import summary, tensorboard_log
 from runtime import flags, planning
 from test_config import sample  # noqa: F401 (a fixture)
 from test_training import checkpoint, logged
@@ -276,6 +276,15 @@ def test_a_mixture_of_folders_with_any_name(tmp_path, monkeypatch, names):
     assert [(folder, float(share)) for folder, share in found] == [
         (names[0], 0.75), (names[1], 0.25)
     ]  # fmt: skip
+
+
+def test_a_name_that_is_not_utf8_reaches_tensorboard(tmp_path):
+    name = os.fsdecode(b"data\xff")
+    log = tensorboard_log.TensorBoardLog(tmp_path, 0, print)
+    log.hparams({"data_dir": name}, ["Loss/validation"])
+    log.close()
+    (events,) = tmp_path.glob("*tfevents*")
+    assert rb"data\udcff" in events.read_bytes()
 
 
 def test_folders_may_be_links_to_other_disks(trained, tmp_path, monkeypatch):
