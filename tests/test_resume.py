@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -180,7 +181,8 @@ def go_on(typed: flags.CommandLine, name: str, finished=False, **values):
     """The printed command as a shell and this program read it: {name: value}."""
     cfg = dataclasses.replace(ti.Config(**typed.values()), run_name=name, max_steps=9)
     folder = Path("checkpoints") / name
-    run_ = ti.Run(cfg, set(), None, None, None, [], None, checkpoint_folder=folder)
+    dist = SimpleNamespace(starts=[["python"]])
+    run_ = ti.Run(cfg, set(), dist, None, None, [], None, checkpoint_folder=folder)
     words = shlex.split(planning.next_command(run_, typed, finished, None))
     assert Path(words[1]).samefile(SCRIPT)
     return read(*words[2:]).values()
