@@ -24,7 +24,7 @@ from pathlib import Path
 
 from basics import terminal
 from basics.inputs import about, wrong
-from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line, to_toml
+from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line
 from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
 
 if __name__ == "__main__":
@@ -250,12 +250,13 @@ from checkpointing import background, files, run_folders
 from monitoring import health, notify, summary
 from monitoring.clock import Clock
 from monitoring.monitor import Monitor, due, evaluation_due
-from runtime import doctor, flags, launch, machine, planning
+from runtime import doctor, flags, instead, launch, machine, planning
 from runtime.distributed import Distributed
 from runtime.in_flight import InFlight
 from runtime.passes import prepare_pass, take_less_memory
 from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
+from runtime.rollback import roll_back
 from runtime.state import (
     TrainState,
     checkpoint_of,
@@ -625,7 +626,7 @@ class Training:
         loss = forward_backward(run, self.train_model, batch, self.poll)
         self.read_last_metrics(self.poll)  # while the device works
         if state.consecutive_skips >= cfg.max_skips:
-            roll_back(run, self.loader, self.saver, self.monitor)
+            roll_back(run, self.loader, self.saver, self.monitor, Config)
             self.saved_at = (state.step, state.evaluated_step)
             self.clock.restart()
             return
@@ -749,42 +750,6 @@ class Training:
             self.poll()
 
 
-def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
-    """Back to the last good checkpoint's weights, on from the data after the bad stretch."""
-    state, cfg, folder = run.state, run.cfg, run.checkpoint_folder
-    story = (
-        f"{state.consecutive_skips} updates in a row were skipped up to step {state.step} "
-        f"(--max_skips {cfg.max_skips})"
-    )
-    if state.rollbacks >= cfg.max_rollbacks:
-        raise GuardGaveUp(
-            f"{story}, after going back {state.rollbacks} times (--max_rollbacks). The checkpoints "
-            f"in {folder} are good. Look at Gradient/norm_unclipped before step {state.step}; a "
-            "lower --max_lr or --dtype float32 are the usual remedies."
-        )
-    if saver is not None:  # rank 0
-        saver.wait()
-    path, rank = planning.newest(
-        run.dist, lambda: run_folders.find_latest(folder)[0] or run.resumed_from
-    )
-    if path is None:
-        raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
-    names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
-    carried = {name: getattr(state, name) for name in (*names, "health_seconds")}
-    carried |= {
-        "rollbacks": state.rollbacks + 1,
-        "position": loader.position,
-        "consecutive_skips": 0,
-    }
-    restore(run, read_checkpoint(run.dist, path, rank, Config))
-    for name, value in carried.items():
-        setattr(state, name, value)
-    loader.seek(state.position)
-    where = f"on from data window {state.position:,}"
-    monitor.tell("rolled back", f"WARNING {story}: back to {path}, {where}")
-    monitor.rewind(state.step + 1)
-
-
 # --- Set-up ---------------------------------------------------------------------------------------
 
 
@@ -863,50 +828,24 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     return run, checkpoint
 
 
-def print_config(flags_now: dict, dist: Distributed) -> int:
-    """Print every flag as decided, as TOML on stdout; what else is said goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        run, _ = set_up(flags_now | {"dry_run": True}, dist)
-    if dist.is_main:
-        decided = dataclasses.replace(run.cfg, run_name=flags_now.get("run_name"))
-        title = "for --config; in comments what is decided anew where this is read"
-        print(to_toml(decided, run.flags_ever_given, title), end="")
-    dist.leave()
-    return 0
-
-
-def compare_recipes(run: Run, command: CommandLine) -> dict[str, tuple[Config, float]]:
-    """Return this command's plan under each recipe, and its hours at a speed measured now."""
-    speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
-    plans = {}
-    for name, recipe in RECIPES.items():
-        found = {key: getattr(run.cfg, key) for key in ("model", *SHAPE, "data_dir")}
-        cfg = Config(**(recipe["flags"] | command.values(recipe=name) | found))
-        resolve_model(cfg, run.dist.device.type)
-        resolve_length(cfg, run.train_data.num_tokens)
-        tokens = cfg.max_steps * cfg.total_batch_size
-        plans[name] = cfg, tokens / (speed * run.dist.world_size) / 3600
-    return plans
-
-
 def distributed(flags_now: dict) -> Distributed:
     return Distributed(flags_now.get("device"), flags_now.get("hang_timeout", Config.hang_timeout))
 
 
-def for_doctor(flags_now: dict) -> doctor.Program:
-    """Return what the doctor is to plan and try."""
+def program(command: CommandLine) -> instead.Program:
+    """Return what a command other than training is to plan and try."""
 
-    def plan(**changes) -> Run:
-        return set_up(flags_now | changes | {"dry_run": True}, distributed(flags_now))[0]
+    def plan(flags_now: dict):
+        return set_up(flags_now, distributed(flags_now))
 
-    def new_model(cfg: Config) -> tuple[GPT, torch.optim.Optimizer]:
-        model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-        return model, make_optimizer(model, cfg)
+    def resolve(cfg: Config, device: str, train_tokens: int):
+        resolve_model(cfg, device)
+        resolve_length(cfg, train_tokens)
 
     reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
-    given = Config(**flags_now)
-    trying = (new_model, prepare_pass, forward_backward)
-    return doctor.Program(given, plan, *trying, reference, SAMPLE_DIR)
+    data = (RECIPES, reference, SAMPLE_DIR)
+    tried = (GPT, make_optimizer, prepare_pass, forward_backward)
+    return instead.Program(command, Config, plan, resolve, *data, *tried)
 
 
 def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
@@ -949,19 +888,16 @@ def main(command: CommandLine | None = None) -> int:
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return doctor.examine(for_doctor(flags_now), addresses)
-        dist = distributed(flags_now)
+            return doctor.examine(program(command), addresses)
         if flags_now.get("print_config"):
-            return print_config(flags_now, dist)
+            instead.print_config(program(command))
+            return 0
+        dist = distributed(flags_now)
         run, checkpoint = set_up(flags_now, dist)
         if dist.is_main:
             print(summary.plan(run), flush=True)
         if run.cfg.dry_run:
-            if dist.is_main and checkpoint is None:
-                print(f"\n{summary.recipes(compare_recipes(run, command))}", flush=True)
-            if dist.is_main:
-                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, flags_now)}")
-            dist.leave()
+            instead.show_plan(program(command), run)
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
         dist.remember(run.cfg.run_name)
@@ -979,12 +915,6 @@ def main(command: CommandLine | None = None) -> int:
             raise
         print("error: another process ended while this one was starting", file=sys.stderr)
         return 1
-    if not run.hellaswag_items and run.cfg.hellaswag_freq:
-        monitor.say(
-            f"HellaSwag is off, {run.cfg.hellaswag_file} is not there: get it (12 MB) with "
-            "python src/hellaswag.py --download"
-        )
-
     supervisor = Supervisor(
         dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )

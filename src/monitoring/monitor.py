@@ -141,7 +141,7 @@ class Monitor:
         self.outside.tell(event, text, self.state.step)
 
     def begin(self, run) -> None:
-        """Tell that training begins, and from where."""
+        """Tell that training begins, from where, and what is missing."""
         cfg, step = self.cfg, self.state.step
         text = f"{cfg.model}, {cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens, on "
         text += f"{run.dist.world_size} x {summary.device_name(run.dist.device)}"
@@ -150,6 +150,11 @@ class Monitor:
             text += f"; from step {step:,} of {run.resumed_from}, saved {age} ago: what came after "
             text += "it is done again"
         self.outside.start("resumed" if run.resumed_from else "started", text, step)
+        if not run.hellaswag_items and cfg.hellaswag_freq:
+            self.say(
+                f"HellaSwag is off, {cfg.hellaswag_file} is not there: get it (12 MB) with "
+                "python src/hellaswag.py --download"
+            )
 
     def leave(self, event: str, text: str, well: bool) -> None:
         """Tell how the run ended; `well`: as somebody wanted."""
