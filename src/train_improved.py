@@ -198,7 +198,7 @@ class Config:
 
     notify: str | None = flag(None,
         "tell someone: addresses of Apprise (ntfy, mail, chat ...), $NAME from the environment, or "
-        "'cmd: ...' [nobody]", group="when nobody looks", several=True, resume=COMMAND)
+        "'cmd: ...' [nobody]", group="when nobody looks", several="again", resume=COMMAND)
     notify_every: str = flag("24h", "time between digests with the numbers, as 24h",
         resume=COMMAND)
     heartbeat: str | None = flag(None,
@@ -989,7 +989,7 @@ def main(command: CommandLine | None = None) -> int:
         dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
     if saver is not None:
-        saver.progress = supervisor.alive  # a long write is no hang
+        saver.progress = supervisor.written  # a long write is no hang
     code, how, why = 0, "finished", ""
     monitor.begin(run)
     try:

@@ -55,11 +55,11 @@ def flag(
     otherwise that is so for what a resume does not take from the command. derived_from: names of
     the flags that decide the value when it is not given; a resume derives it again when one of
     them changes. Numbers must be at least `least`, or more than `above` where that is given
-    (`out_of_range`). several: may be given as several words, or as a list in the file; kept as
-    words of a shell. path: ~ is a home folder. Without in_file it is for the command line only.
-    overrides: names of what a file, or the checkpoint of a resume, no longer decides when this flag
-    is on the command line, or a function (the file's values, the flag's value) -> the file's
-    values.
+    (`out_of_range`). several: may be given as several words, or as a list in the file; "again": the
+    flag also several times, where otherwise the last one counts. Kept as words of a shell. path: ~
+    is a home folder. Without in_file it is for the command line only. overrides: names of what a
+    file, or the checkpoint of a resume, no longer decides when this flag is on the command line,
+    or a function (the file's values, the flag's value) -> the file's values.
     """
     metadata = {"help": help, "group": group, "choices": choices, "resume": resume}
     metadata["learned"] = resume != COMMAND if learned is None else learned
@@ -127,7 +127,8 @@ def read_command_line(config_class, description: str, argv: list[str]) -> Comman
             action = argparse.BooleanOptionalAction if negatable(field) else "store_true"
             added = group.add_argument(f"--{name}", action=action, help=text)
         elif meta["several"]:
-            many = {"nargs": "+", "action": "extend", "metavar": "STR"}
+            action = "extend" if meta["several"] == "again" else "store"
+            many = {"nargs": "+", "action": action, "metavar": "STR"}
             added = group.add_argument(f"--{name}", **many, help=text)
         elif meta["choices"]:
             choices = meta["choices"]

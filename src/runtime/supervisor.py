@@ -38,7 +38,9 @@ _GRACE = 5.0  # seconds for the other processes to react
 _LAST_WAIT = 25.0  # seconds that rank 0 has to save when another process is silent
 _STARTED = time.monotonic()
 # Keys in the process group's store; what follows a slash is a rank.
-_STOP, _LEFT, _SAVE, _HANG = (f"supervisor/{name}" for name in ("stop", "left", "save", "hang"))
+_STOP, _LEFT, _SAVE, _HANG, _WRITTEN = (
+    f"supervisor/{name}" for name in ("stop", "left", "save", "hang", "written")
+)
 
 # --- Before training ------------------------------------------------------------------------------
 
@@ -117,7 +119,7 @@ class Supervisor:
         # Only torchrun is watched: a shell may end, with nohup it is meant to.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._deadline = None if max_hours is None else _STARTED + 3600 * max_hours
-        self._beat = time.monotonic()
+        self._beat, self._pieces = time.monotonic(), 0
         self._closed = threading.Event()
         self._pids = self._share_pids()
         global _at_work
@@ -139,6 +141,12 @@ class Supervisor:
             self._beat = now
         if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
+
+    def written(self) -> None:
+        """Say the same for all ranks, from the thread that writes a checkpoint: they may have to
+        wait for a disk slower than hang_timeout."""
+        self._pieces += 1
+        self._beat = time.monotonic()
 
     def poll(self, waiting: bool = False, agree=bool, all_ranks: bool = False) -> None:
         """As `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
@@ -270,6 +278,12 @@ class Supervisor:
         if self.rank == 0 and self.store.check([_SAVE]):
             self.store.delete_key(_SAVE)
             self._save = True
+        if self.rank == 0 and self._pieces:
+            self.store.set(_WRITTEN, str(self._pieces))
+        elif self.store.check([_WRITTEN]):
+            pieces = int(self.store.get(_WRITTEN))
+            if pieces != self._pieces:
+                self._pieces, self._beat = pieces, time.monotonic()
         if self.rank > 0 and self.store.check([_LEFT]):
             self._exit_now(int(self.store.get(_LEFT).decode()))
         if self.store.check([_HANG]) and not self.store.check([f"{_HANG}/{self.rank}"]):
