@@ -28,7 +28,7 @@ def shard(model: nn.Module) -> None:
         torch.distributed.broadcast(p.data, src=0)
     for block in model.transformer.h:
         fully_shard(block)
-    fully_shard(model)
+    fully_shard(model, reshard_after_forward=False)  # its backward pass begins at once
     register_fsdp_forward_method(model, "features")
 
 
