@@ -21,6 +21,7 @@ from basics.words import marked
 from checkpointing import run_folders
 from monitoring import energy, health, jsonl_log, notify, summary
 from training import sharding
+from training.schedule import last_stable_step
 
 
 def due(freq: int, state, cfg) -> bool:
@@ -32,6 +33,13 @@ def evaluation_due(state, cfg) -> bool:
     """Return whether this step number has an evaluation that is not complete yet."""
     freqs = (cfg.eval_freq, cfg.hellaswag_freq, cfg.sample_freq)
     return state.evaluated_step != state.step and any(due(freq, state, cfg) for freq in freqs)
+
+
+def checkpoint_due(state, cfg) -> bool:
+    """Return whether this step number gets a checkpoint, whatever else asks for one."""
+    at_the_end_at_least = cfg.checkpoint_freq or cfg.max_steps
+    regular = state.step > 0 and due(at_the_end_at_least, state, cfg)
+    return regular or state.step == last_stable_step(cfg)
 
 
 class NoLog:
