@@ -223,7 +223,7 @@ def document() -> str:
     version = torch.__version__
     return f"""# What several processes cost
 
-Made by `python benchmarks/scaling.py --write`; the numbers are of the machine it ran on.
+Made by `benchmarks/scaling.py`; the numbers are of the machine it ran on.
 
 ## Counted and timed
 
