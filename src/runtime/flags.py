@@ -73,6 +73,25 @@ def kind_of(field) -> type:
     return getattr(field.type, "__args__", (field.type,))[0]
 
 
+def under_recipe(recipes: dict):
+    """Return what --recipe overrides in a file: a function (its values, another recipe) -> values
+    with that one's flags, and its length and rate in the proportion of the two."""
+
+    def change(values: dict, name: str) -> dict:
+        before, after = recipes[values.get("recipe", "reference")], recipes[name]
+        if before is after:
+            return values
+        decided = {*before["flags"], *after["flags"], "min_lr", "warmup_steps"}
+        values = {k: v for k, v in values.items() if k not in decided}
+        for key, part in (("max_lr", "max_lr"), ("epochs", "length"), ("max_steps", "length")):
+            if key in values:
+                scaled = values[key] * after[part] / before[part]
+                values[key] = round(scaled) if key == "max_steps" else float(f"{scaled:.6g}")
+        return values
+
+    return change
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from basics import terminal
@@ -45,6 +46,7 @@ _STOP, _LEFT, _SAVE, _HANG, _WRITTEN = (
 # --- Before training ------------------------------------------------------------------------------
 
 
+Poll = Callable[[], None]  # called often: notices signals, may raise
 _at_work = False  # there is a Supervisor, which has the work saved first
 
 
@@ -94,6 +96,15 @@ class StopRequested(Exception):
     def __init__(self, code: int, reason: str):
         super().__init__(reason)
         self.code, self.reason = code, reason
+
+
+@contextlib.contextmanager
+def reading():
+    """Stop with the work saved where data goes bad in mid-run, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -112,3 +112,10 @@ def gathered(model: nn.Module, optimizer: dict, keep: bool) -> tuple[dict, dict]
         for i, of_one in optimizer["state"].items()
     }
     return weights, optimizer | {"state": moments}
+
+
+def all_finite(params, dist) -> bool:
+    """Return whether all weights are finite, on all ranks if they are sharded: all must ask."""
+    bad = not all(local(p).isfinite().all() for p in params)
+    sharded = any(isinstance(p, DTensor) for p in params)
+    return not (dist.any(bad) if sharded else bad)
