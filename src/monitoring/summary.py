@@ -40,7 +40,7 @@ def plan(run) -> str:
     epochs = (run.state.position * cfg.seq_len + rest) / data.num_tokens
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    memory = step_memory.of_run(run)
+    memory, on_cpu = step_memory.of_run(run), dist.device.type == "cpu"
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
@@ -63,7 +63,8 @@ def plan(run) -> str:
         "optimizer": f"{optimizer(cfg)}, weight decay {cfg.weight_decay} on matrices, "
         f"gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
         "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}; "
-        f"about {memory / 1e9:.1f} GB of memory per process",
+        f"about {memory / 1e9:.1f} GB of memory per process"
+        + (f" and {file_bytes / 1e9:.1f} GB for the copy that is saved" if on_cpu else ""),
         "every": f"evaluation {cfg.eval_freq}, HellaSwag "
         f"{cfg.hellaswag_freq if run.hellaswag_items else 'off'}, samples {cfg.sample_freq}, "
         f"histograms {cfg.histogram_freq if cfg.use_tensorboard else 'off'}, checkpoints "

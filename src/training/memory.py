@@ -7,6 +7,7 @@ from training.chunked_loss import PADDED_VOCAB, chunk_rows
 # Kept for the backward pass, in bytes per token, layer and channel. Measured on the shapes of gpt2
 # to gpt2-xl; what a compiler keeps is the same but for a few percent (LAB_NOTES.md, 2026-11-25).
 KEPT, KEPT_FLOAT32 = 37, 65
+PROGRAM = 280_000_000  # bytes of Python and its modules
 
 
 def state_bytes(model, optimizer: str) -> int:
@@ -28,8 +29,10 @@ def training_bytes(
     params, low = model.num_params(), dtype != torch.float32
     tokens, rows = sequences * model.seq_len, chunk_rows(device or model.lm_head.weight.device)
     activations = tokens * model.n_layer * model.n_embd * (KEPT if low else KEPT_FLOAT32)
-    # A chunk of logits, and twice in float32; the output matrix, and its gradient so far.
-    loss = min(rows, tokens) * PADDED_VOCAB * (8 + (dtype.itemsize if low else 0))
+    # A chunk of logits, and on a GPU twice in float32; the output matrix, and its gradient so far.
+    on_cpu = (device or model.lm_head.weight.device).type == "cpu"
+    in_float32 = 0 if on_cpu else (8 if low else 4)
+    loss = min(rows, tokens) * PADDED_VOCAB * (dtype.itemsize + in_float32)
     loss += PADDED_VOCAB * model.n_embd * (dtype.itemsize + (4 if tokens > rows else 0))
     state = state_bytes(model, optimizer) + (4 * params if processes > 1 else 0)  # DDP's buckets
     copies = (2 if low else 0) + (4 if accumulating else 0)  # weights in `dtype`, gradients
@@ -38,10 +41,12 @@ def training_bytes(
 
 
 def of_run(run) -> int:
-    """Return the estimate for a process of this train_improved.Run."""
+    """Return the estimate for a process of this train_improved.Run; on a CPU with the program
+    itself, and with what the C library keeps (RSS as measured, LAB_NOTES.md, 2026-11-25)."""
     cfg, dist = run.cfg, run.dist
     accumulating = cfg.total_batch_size > cfg.seq_len * cfg.micro_batch_size * dist.world_size
-    return training_bytes(
+    need = training_bytes(
         run.model, run.dtype, cfg.micro_batch_size, dist.device, accumulating, dist.world_size,
         cfg.optimizer,
     )  # fmt: skip
+    return need if dist.device.type != "cpu" else PROGRAM + round(1.15 * need)
