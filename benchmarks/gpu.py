@@ -204,7 +204,7 @@ class Bench:
         return found
 
     def evaluation(self) -> dict:
-        """Seconds of an evaluation (HellaSwag where its file is), with histograms and a save."""
+        """Seconds of evaluation, HellaSwag where it is, samples, histograms; what a save costs."""
         each = f"--eval_freq {self.steps} --histogram_freq {self.steps} --use_tensorboard"
         result = self.train(*each.split(), "--checkpoint_freq", self.steps)
         seconds = re.findall(r"step +\d+: .*\(([\d.]+) s\)", result["out"])
@@ -223,7 +223,7 @@ class Bench:
         return brief
 
     def peers(self) -> dict:
-        """Transformers' GPT-2 in the same minutes (benchmarks/throughput.py)."""
+        """Transformers' GPT-2 in the same minutes, eager and compiled (throughput.py)."""
         command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--rounds", "1"]
         command += ["--device", self.args.device, "--model", self.args.model]
         if self.args.quick:

@@ -52,7 +52,7 @@ def main() -> None:
     machine.keep_freed_memory()
     run, checkpoint = ti.set_up(given, dist)
     ti.preflight(run, checkpoint)
-    train_model, loader, saver, monitor = ti.build(run, checkpoint)
+    train_model, loader, saver, monitor = ti.build(run, checkpoint, ti.notify.NOBODY)
     supervisor = Supervisor()
     params = list(run.model.parameters())
     batch = loader.next_batch()

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from tensorboard.compat.proto.event_pb2 import Event
 
 import train_improved as ti
-from monitoring import event_files, health
+from monitoring import event_files, health, notify
 
 WORDS = "the of and a to in is was that it for on with as his they be at one have this from by hot"
 SECONDS = 20.5  # of a step, as planned for a DGX Spark
@@ -89,7 +89,7 @@ def write_run(cfg: ti.Config, floor: float = 2.9, histograms_of: MadeUpModel | N
         train_data=SimpleNamespace(num_windows=10_000_000_000 // cfg.seq_len),
         dtype=torch.bfloat16, resumed_from=None, resumes_own_name=False,
     )  # fmt: skip
-    monitor = ti.Monitor(run, peak_flops=1e14)
+    monitor = ti.Monitor(run, 1e14, notify.NOBODY)
     monitor.meter.works, run.dist.device = True, torch.device("cuda")  # with energy and memory
     weights = [1.0] * len(model.tensors)
     loss = math.nan
@@ -113,7 +113,8 @@ def write_run(cfg: ti.Config, floor: float = 2.9, histograms_of: MadeUpModel | N
         if state.step >= cfg.max_steps:
             break
         state.step += 1
-        state.position = state.step * cfg.total_batch_size // cfg.seq_len
+        state.tokens += cfg.total_batch_size
+        state.position = state.tokens // cfg.seq_len
         seconds = SECONDS * (1 + 0.02 * noise.random())
         state.train_seconds += seconds
         state.total_seconds += seconds

@@ -7,14 +7,13 @@ The files themselves: tokens/shards.py.
 """
 
 import itertools
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from basics import terminal
+from basics import inputs, terminal
 from tokens.shards import DTYPE, MANIFEST, Shard, list_shards, open_shard, verify
 from tokens.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
@@ -156,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = terminal.Parser(
         description="Say what is in a folder of token shards, and what is wrong with it."
     )
-    parser.add_argument("folder", metavar="DIR", type=os.path.expanduser, help="folder of shards")
+    parser.add_argument("folder", metavar="DIR", type=inputs.path, help="folder of shards")
     parser.add_argument(
         "--verify",
         action="store_true",

@@ -146,7 +146,7 @@ def _json(value: dict) -> bytes:
 
 
 def run_facts(checkpoint: dict) -> dict[str, str]:
-    """What a checkpoint knows of its run, as a table of the model card."""
+    """Return what a checkpoint knows of its run, as a table of the model card."""
     config, state, data = checkpoint["config"], checkpoint["state"], checkpoint["data"]
     seen = state.get("tokens", checkpoint["step"] * config["total_batch_size"])  # kept since 2026
     made_on, epochs = checkpoint["machine"], state["position"] * config["seq_len"] / data["tokens"]
@@ -176,7 +176,7 @@ def run_facts(checkpoint: dict) -> dict[str, str]:
 
 
 def hyperparameters(config: dict) -> dict[str, str]:
-    """The part of the configuration that the weights depend on."""
+    """Return the part of the configuration that the weights depend on."""
     from train_improved import Config
 
     learned = [f.name for f in dataclasses.fields(Config) if f.metadata["learned"]]
@@ -185,7 +185,7 @@ def hyperparameters(config: dict) -> dict[str, str]:
 
 
 def command(checkpoint: dict) -> str:
-    """What starts such a run: its flags as they were given."""
+    """Return what starts such a run: its flags as they were given."""
     from runtime import flags
     from train_improved import Config
 

@@ -68,7 +68,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from basics import durable, host, terminal, words
+from basics import durable, host, inputs, terminal, words
 from checkpointing import run_folders
 from tokens import corpus, sources
 from tokens import shards as token_shards
@@ -170,7 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.name, args.prefix = args.name or FINEWEB_NAME, "fineweb_edu"
         if args.name == FINEWEB_NAME:
             args.out = args.out or FINEWEB_OUT
-    args.out = Path(os.path.expanduser(args.out or Path("data") / args.prefix))
+    args.out = Path(inputs.path(str(args.out or Path("data") / args.prefix)))
     args.separator = args.separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
     for name, least in (("workers", 1), ("shard_tokens", 1), ("val_tokens", 1)):
         if (value := getattr(args, name)) is not None and value < least:
@@ -188,10 +188,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except LookupError:
         raise ValueError(f"--encoding {args.encoding}: Python knows no such encoding") from None
     s = args.separator
-    if any(s[:i] == s[-i:] for i in range(1, len(s))) or len(s.encode()) > corpus.BACK // 2:
+    if (corpus.overlaps(s) and len(set(s)) > 1) or len(s.encode()) > corpus.BACK // 2:
         raise ValueError(
-            f"--separator {s!r}: must be short and not end as it begins (like \\n\\n or aba), "
-            "or parts could be separated in more than one way"
+            f"--separator {s!r}: must be short and not end as it begins (like aba), or parts could "
+            "be separated in more than one way"
         )
     return args
 

@@ -240,9 +240,7 @@ def state_of(run: Run, now: float) -> str:
 
 
 def seconds_left(run: Run) -> float | None:
-    eta = run.curves.get("Performance/eta_hours")
-    if eta:
-        return float(eta.values[-1]) * 3600
+    """Return what the steps to come take at the usual speed of the last 100."""
     steps, seconds, _ = run.clock
     if not run.goal or len(steps) < 2:
         return None

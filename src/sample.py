@@ -167,7 +167,7 @@ def load_model(options: Options):
 
 
 def run_folder(options: Options) -> Path:
-    """The folder of --run_name; ValueError names the runs that there are."""
+    """Return the folder of --run_name; ValueError names the runs that there are."""
     if options.checkpoint is not None:
         raise ValueError("--run_name and --checkpoint both name a model: leave one out")
     folder = run_folders.run_folder(options.checkpoint_dir, options.run_name)
@@ -231,7 +231,7 @@ def answer(model, prompt: str, options: Options, generator) -> None:
 
 
 def account(texts: list[Text], seconds: float, seq_len: int) -> str:
-    """How much was written, how fast, and why it ends."""
+    """Return how much was written, how fast, and why it ends."""
     reasons = {
         "endoftext": "<|endoftext|>",
         "max_tokens": "--max_tokens",
@@ -243,7 +243,7 @@ def account(texts: list[Text], seconds: float, seq_len: int) -> str:
 
 
 def converse(model, options: Options, generator) -> None:
-    """A prompt from the terminal, a text, the next prompt: until Ctrl-D."""
+    """Take a prompt from the terminal, write a text, take the next: until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() gets editing keys and a history from it)
     say("Type how a text begins, and Enter. Ctrl-C stops a text, Ctrl-D leaves.")
@@ -278,7 +278,7 @@ def read_prompts(path: str) -> list[tuple[int, str]]:
 
 
 def open_out(options: Options):
-    """Where the JSON lines go."""
+    """Open the file that the JSON lines go to."""
     if options.out is None:
         return contextlib.nullcontext(sys.stdout)
     out = Path(options.out)

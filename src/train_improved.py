@@ -5,10 +5,10 @@
     torchrun --standalone --nproc_per_node=4 src/train_improved.py --use_tensorboard
     python src/train_improved.py --resume latest --use_tensorboard
 
-Reads from top to bottom: flags and their defaults, model, optimizer, distributed, checkpoints,
-evaluation, training, set-up. Mechanisms that stand alone live in the folders beside this file:
-runtime (how is this process run?), monitoring (what does a person see?), checkpointing (what is on
-disk?), training (what acts on tensors?), tokens (how does text become batches?), basics.
+Reads from top to bottom: flags and their defaults, model, optimizer, training, set-up. Mechanisms
+that stand alone live in the folders beside this file: runtime (how is this process run?),
+monitoring (what does a person see?), checkpointing (what is on disk?), training (what acts on
+tensors?), tokens (how does text become batches?), basics.
 """
 
 import contextlib
@@ -17,15 +17,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from basics import terminal
-from basics.inputs import about, wrong
-from runtime.flags import COMMAND, SAME_MACHINE, CommandLine, flag, read_command_line, to_toml
-from runtime.supervisor import StopRequested, Supervisor, begin, end, is_lost_peer
+from basics.inputs import about
+from runtime import flags
+from runtime.flags import COMMAND, SAME_MACHINE, flag
+from runtime.supervisor import Poll, StopRequested, Supervisor, begin, end, is_lost_peer, reading
 
 if __name__ == "__main__":
     begin()  # before the slow imports: from here on Ctrl-C leaves without a traceback
@@ -67,20 +66,6 @@ WARMUP_TOKENS = 375e6  # 715 steps of the reference run
 WSD_WARMUP = 100  # steps at most: where a run can be extended its length must not matter
 
 
-def under_recipe(values: dict, name: str) -> dict:
-    """A configuration file's values under another recipe: its length and rate in proportion."""
-    before, after = RECIPES[values.get("recipe", "reference")], RECIPES[name]
-    if before is after:
-        return values
-    decided = {*before["flags"], *after["flags"], "min_lr", "warmup_steps"}
-    values = {k: v for k, v in values.items() if k not in decided}
-    for key, part in (("max_lr", "max_lr"), ("epochs", "length"), ("max_steps", "length")):
-        if key in values:
-            scaled = values[key] * after[part] / before[part]
-            values[key] = round(scaled) if key == "max_steps" else float(f"{scaled:.6g}")
-    return values
-
-
 @dataclass
 class Config:
     """The fields are the flags. None: decided for you, as the help says [in brackets]."""
@@ -102,7 +87,7 @@ class Config:
 
     recipe: str = flag("reference",
         "reference, or fast: Muon for 0.4 of the length, a bet for gpt2; other flags win over it",
-        group="model", choices=tuple(RECIPES), overrides=under_recipe)
+        group="model", choices=tuple(RECIPES), overrides=flags.under_recipe(RECIPES))
     n_layer: int | None = flag(None, "blocks [of the model]", least=1, derived_from="model")
     n_head: int | None = flag(None, "heads per block [of the model]", least=1, derived_from="model")
     n_embd: int | None = flag(None, "width, channels [of the model]", least=1, derived_from="model")
@@ -198,7 +183,7 @@ class Config:
 
     notify: str | None = flag(None,
         "tell someone: addresses of Apprise (ntfy, mail, chat ...), $NAME from the environment, or "
-        "'cmd: ...' [nobody]", group="when nobody looks", several=True, resume=COMMAND)
+        "'cmd: ...' [nobody]", group="when nobody looks", several="again", resume=COMMAND)
     notify_every: str = flag("24h", "time between digests with the numbers, as 24h",
         resume=COMMAND)
     heartbeat: str | None = flag(None,
@@ -229,9 +214,9 @@ class Config:
     # fmt: on
 
 
-def read_flags() -> CommandLine:
+def read_flags() -> flags.CommandLine:
     """Read the command line and its file, once; exit code 2 and a sentence for what is wrong."""
-    return read_command_line(Config, (__doc__ or "").rsplit("\n\n", 1)[0], sys.argv[1:])
+    return flags.read_command_line(Config, (__doc__ or "").rsplit("\n\n", 1)[0], sys.argv[1:])
 
 
 # PyTorch takes a second or more to load: --help and typing errors do not wait for it.
@@ -249,22 +234,24 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from checkpointing import background, files, run_folders
 from monitoring import health, notify, summary
 from monitoring.clock import Clock
-from monitoring.monitor import Monitor, due, evaluation_due
-from runtime import doctor, flags, launch, machine, planning
+from monitoring.monitor import Monitor, checkpoint_due, due, evaluation_due
+from runtime import doctor, instead, launch, machine, planning
 from runtime.distributed import Distributed
 from runtime.in_flight import InFlight
 from runtime.passes import prepare_pass, take_less_memory
 from runtime.planning import merge_config, validate
 from runtime.profiling import StepWatch
+from runtime.rollback import roll_back
 from runtime.state import (
     TrainState,
     checkpoint_of,
+    info_of,
     make_moments,
     read_checkpoint,
     restore,
     state_of,
 )
-from tokens import shards, tokenizer
+from tokens import tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
@@ -310,15 +297,7 @@ def resolve_model(cfg: Config, device: str) -> None:
 def resolve_length(cfg: Config, train_tokens: int, step: int = 0, seen: int = 0) -> None:
     """Decide what follows from the amount of data, of which `seen` tokens are behind `step`."""
     if cfg.max_steps is None:
-        steps = cfg.epochs * (train_tokens // cfg.total_batch_size) - seen / cfg.total_batch_size
-        cfg.max_steps = step + int(min(max(steps, 0), flags.BELOW / 2))
-        if cfg.max_steps == 0:
-            raise wrong(
-                "epochs",
-                f"{cfg.epochs:g}",
-                f"{train_tokens:,} training tokens are less than one step of --total_batch_size "
-                f"{cfg.total_batch_size}; use a smaller batch or more data",
-            )
+        cfg.max_steps = planning.steps_of_epochs(cfg, train_tokens, step, seen)
     if cfg.warmup_steps is None:
         longest = cfg.max_steps // 10
         if cfg.schedule == "wsd":
@@ -473,9 +452,6 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
 # --- Training -------------------------------------------------------------------------------------
 
 
-Poll = Callable[[], None]  # called often: notices signals, may raise
-
-
 @dataclass
 class Run:
     """What the parts of a run share."""
@@ -505,21 +481,12 @@ class Run:
         return torch.autocast(self.dist.device.type, self.dtype)
 
 
-@contextlib.contextmanager
-def reading_data():
-    """Data that goes bad in mid-run: stop with the work saved, and name it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise StopRequested(2, str(error)) from None
-
-
 def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
     """All that is due at this step number, logged together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
     by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
-        state.validation_loss, by_position = evaluation.validation_loss(run, poll, reading_data)
+        state.validation_loss, by_position = evaluation.validation_loss(run, poll, reading)
     if run.hellaswag_items and due(cfg.hellaswag_freq, state, cfg):
         state.hellaswag = evaluation.hellaswag_accuracy(run, poll)
     if due(cfg.sample_freq, state, cfg):
@@ -528,13 +495,6 @@ def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
         state.best_loss = state.validation_loss
     monitor.evaluation(run, by_position, texts, time.monotonic() - start)
     state.evaluated_step = state.step
-
-
-def checkpoint_due(state: TrainState, cfg: Config) -> bool:
-    """Return whether this step number gets a checkpoint, whatever else asks for one."""
-    at_the_end_at_least = cfg.checkpoint_freq or cfg.max_steps
-    regular = state.step > 0 and due(at_the_end_at_least, state, cfg)
-    return regular or state.step == last_stable_step(cfg)
 
 
 def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
@@ -620,12 +580,12 @@ class Training:
         """Take a batch to an update of the weights. Nothing here waits for the device but the
         reading of the step before, whose metrics are there by now."""
         run, cfg, state, optimizer = self.run, self.run.cfg, self.run.state, self.run.optimizer
-        with reading_data():
+        with reading():
             batch = self.loader.next_batch(lambda: self.poll_alone(waiting=True))
         loss = forward_backward(run, self.train_model, batch, self.poll)
         self.read_last_metrics(self.poll)  # while the device works
         if state.consecutive_skips >= cfg.max_skips:
-            roll_back(run, self.loader, self.saver, self.monitor)
+            roll_back(run, self.loader, self.saver, self.monitor, Config)
             self.saved_at = (state.step, state.evaluated_step)
             self.clock.restart()
             return
@@ -690,7 +650,7 @@ class Training:
             return
         if not (run.dist.is_main or self.sharded):
             return
-        if state.consecutive_skips and not self.weights_are_finite():
+        if state.consecutive_skips and not sharding.all_finite(self.params, run.dist):
             self.monitor.say(
                 f"WARNING step {state.step}: weights are not finite, no checkpoint written"
             )
@@ -711,20 +671,12 @@ class Training:
             self.saver.save(
                 path,
                 content,
-                info={
-                    "step": state.step,
-                    "val_loss": state.validation_loss if evaluated else None,
-                    "data": f"{run.train_data.fingerprint} {cfg.val_tokens}",  # the loss is of
-                },
+                info_of(run, evaluated),
                 on_done=written,
                 on_full=lambda: run_folders.make_room(folder, *retention),
             )
         self.saved_at = (state.step, state.evaluated_step)
         self.clock.count_as_overhead()
-
-    def weights_are_finite(self) -> bool:
-        bad = not all(sharding.local(p).isfinite().all() for p in self.params)
-        return not (self.run.dist.any(bad) if self.sharded else bad)
 
     def poll(self) -> None:
         """Notice what was asked for meanwhile: called often, raises StopRequested on rank 0; on all
@@ -747,42 +699,6 @@ class Training:
             self.supervisor.poll(waiting)
         else:
             self.poll()
-
-
-def roll_back(run: Run, loader, saver, monitor: Monitor) -> None:
-    """Back to the last good checkpoint's weights, on from the data after the bad stretch."""
-    state, cfg, folder = run.state, run.cfg, run.checkpoint_folder
-    story = (
-        f"{state.consecutive_skips} updates in a row were skipped up to step {state.step} "
-        f"(--max_skips {cfg.max_skips})"
-    )
-    if state.rollbacks >= cfg.max_rollbacks:
-        raise GuardGaveUp(
-            f"{story}, after going back {state.rollbacks} times (--max_rollbacks). The checkpoints "
-            f"in {folder} are good. Look at Gradient/norm_unclipped before step {state.step}; a "
-            "lower --max_lr or --dtype float32 are the usual remedies."
-        )
-    if saver is not None:  # rank 0
-        saver.wait()
-    path, rank = planning.newest(
-        run.dist, lambda: run_folders.find_latest(folder)[0] or run.resumed_from
-    )
-    if path is None:
-        raise GuardGaveUp(f"{story}, and there is no checkpoint yet to go back to: lower --max_lr.")
-    names = ("skipped_updates", "train_seconds", "total_seconds", "device_seconds", "watt_seconds")
-    carried = {name: getattr(state, name) for name in (*names, "health_seconds")}
-    carried |= {
-        "rollbacks": state.rollbacks + 1,
-        "position": loader.position,
-        "consecutive_skips": 0,
-    }
-    restore(run, read_checkpoint(run.dist, path, rank, Config))
-    for name, value in carried.items():
-        setattr(state, name, value)
-    loader.seek(state.position)
-    where = f"on from data window {state.position:,}"
-    monitor.tell("rolled back", f"WARNING {story}: back to {path}, {where}")
-    monitor.rewind(state.step + 1)
 
 
 # --- Set-up ---------------------------------------------------------------------------------------
@@ -817,9 +733,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         weights = planning.take_init(cfg, PRESETS, flags_now, dist)
     resolve_model(cfg, dist.device.type)
     validate(cfg, dist.world_size)
-    new_name = f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}"
-    cfg.run_name = start.run_name or (checkpoint and checkpoint["run_name"])
-    cfg.run_name = cfg.run_name or dist.on_main(lambda: new_name)
+    cfg.run_name = planning.run_name(start, checkpoint, cfg, dist)
 
     # On which data, and for how long.
     if cfg.data_dir == SAMPLE_DIR:
@@ -843,9 +757,6 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     run.resumes_own_name = checkpoint is not None and checkpoint["run_name"] == cfg.run_name
     run.checkpoint_folder = run_folders.run_folder(Path(cfg.checkpoint_dir), cfg.run_name)
     planning.check_length(run, SAMPLE_DIR)
-    if cfg.verify_data:
-        with about("data_dir", cfg.data_dir):
-            dist.everywhere(lambda: dist.is_node_main and shards.verify(cfg.data_dir))
 
     # The model, and how much of a batch fits at a time.
     torch.manual_seed(cfg.seed)
@@ -863,50 +774,24 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     return run, checkpoint
 
 
-def print_config(flags_now: dict, dist: Distributed) -> int:
-    """Print every flag as decided, as TOML on stdout; what else is said goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        run, _ = set_up(flags_now | {"dry_run": True}, dist)
-    if dist.is_main:
-        decided = dataclasses.replace(run.cfg, run_name=flags_now.get("run_name"))
-        title = "for --config; in comments what is decided anew where this is read"
-        print(to_toml(decided, run.flags_ever_given, title), end="")
-    dist.leave()
-    return 0
-
-
-def compare_recipes(run: Run, command: CommandLine) -> dict[str, tuple[Config, float]]:
-    """Return this command's plan under each recipe, and its hours at a speed measured now."""
-    speed = machine.measure_speed(GPT, run.cfg, run.dist.device, run.autocast)
-    plans = {}
-    for name, recipe in RECIPES.items():
-        found = {key: getattr(run.cfg, key) for key in ("model", *SHAPE, "data_dir")}
-        cfg = Config(**(recipe["flags"] | command.values(recipe=name) | found))
-        resolve_model(cfg, run.dist.device.type)
-        resolve_length(cfg, run.train_data.num_tokens)
-        tokens = cfg.max_steps * cfg.total_batch_size
-        plans[name] = cfg, tokens / (speed * run.dist.world_size) / 3600
-    return plans
-
-
 def distributed(flags_now: dict) -> Distributed:
     return Distributed(flags_now.get("device"), flags_now.get("hang_timeout", Config.hang_timeout))
 
 
-def for_doctor(flags_now: dict) -> doctor.Program:
-    """Return what the doctor is to plan and try."""
+def program(command: flags.CommandLine) -> instead.Program:
+    """Return what a command other than training is to plan and try."""
 
-    def plan(**changes) -> Run:
-        return set_up(flags_now | changes | {"dry_run": True}, distributed(flags_now))[0]
+    def plan(flags_now: dict):
+        return set_up(flags_now, distributed(flags_now))
 
-    def new_model(cfg: Config) -> tuple[GPT, torch.optim.Optimizer]:
-        model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-        return model, make_optimizer(model, cfg)
+    def resolve(cfg: Config, device: str, train_tokens: int):
+        resolve_model(cfg, device)
+        resolve_length(cfg, train_tokens)
 
     reference = {"model": "gpt2"} | PRESETS["gpt2"] | REFERENCE
-    given = Config(**flags_now)
-    trying = (new_model, prepare_pass, forward_backward)
-    return doctor.Program(given, plan, *trying, reference, SAMPLE_DIR)
+    data = (RECIPES, reference, SAMPLE_DIR)
+    tried = (GPT, make_optimizer, prepare_pass, forward_backward)
+    return instead.Program(command, Config, plan, resolve, *data, *tried)
 
 
 def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
@@ -940,7 +825,7 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     return train_model, loader, saver, monitor
 
 
-def main(command: CommandLine | None = None) -> int:
+def main(command: flags.CommandLine | None = None) -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
     command, dist = command or read_flags(), None
     try:
@@ -949,19 +834,16 @@ def main(command: CommandLine | None = None) -> int:
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return doctor.examine(for_doctor(flags_now), addresses)
-        dist = distributed(flags_now)
+            return doctor.examine(program(command), addresses)
         if flags_now.get("print_config"):
-            return print_config(flags_now, dist)
+            instead.print_config(program(command))
+            return 0
+        dist = distributed(flags_now)
         run, checkpoint = set_up(flags_now, dist)
         if dist.is_main:
             print(summary.plan(run), flush=True)
         if run.cfg.dry_run:
-            if dist.is_main and checkpoint is None:
-                print(f"\n{summary.recipes(compare_recipes(run, command))}", flush=True)
-            if dist.is_main:
-                print(f"\nevery flag as decided:\n{summary.every_flag(run.cfg, flags_now)}")
-            dist.leave()
+            instead.show_plan(program(command), run)
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
         dist.remember(run.cfg.run_name)
@@ -979,17 +861,11 @@ def main(command: CommandLine | None = None) -> int:
             raise
         print("error: another process ended while this one was starting", file=sys.stderr)
         return 1
-    if not run.hellaswag_items and run.cfg.hellaswag_freq:
-        monitor.say(
-            f"HellaSwag is off, {run.cfg.hellaswag_file} is not there: get it (12 MB) with "
-            "python src/hellaswag.py --download"
-        )
-
     supervisor = Supervisor(
         dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
     if saver is not None:
-        saver.progress = supervisor.alive  # a long write is no hang
+        saver.progress = supervisor.written  # a long write is no hang
     code, how, why = 0, "finished", ""
     monitor.begin(run)
     try:

@@ -9,6 +9,7 @@
 `memory`                       from step FIRST on enough for LAST sequences at a time
 `slow`                         evaluations from step FIRST on in pieces of LAST seconds each
 `save`                         death at file-system call LAST of save FIRST
+`disk`                         each piece of a checkpoint takes FIRST ms to write
 `data`                         the last rank's data cannot be read from step FIRST on
 `stall`                        reading data from step FIRST on never ends
 `print`                        no fault: says which windows each step has, by their hashes
@@ -88,9 +89,12 @@ def faulty_save(*args, **kwargs):
     return save(*args, **kwargs)
 
 
+def slow_save(path, state, info, progress):
+    save(path, state, info, lambda: (time.sleep(first / 1000), progress()))
+
+
 save = files.save
-if kind == "save":
-    files.save = faulty_save
+files.save = {"save": faulty_save, "disk": slow_save}.get(kind, save)
 
 
 def faulty_next_batch(loader, poll=None):

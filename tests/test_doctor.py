@@ -18,6 +18,11 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 32}  # SMALL's
 
 
 @pytest.fixture
+def for_doctor(given: dict):
+    """Return what --doctor plans and tries with these flags."""
+    return ti.program(flags.CommandLine(ti.Config, given, {}))
+
+
 def cwd(tmp_path, monkeypatch):
     """A folder with data to run in, and measurements that take moments."""
     write_data(tmp_path / "data" / "walk")
@@ -64,7 +69,7 @@ def test_a_whole_look_leaves_nothing_behind(capsys, cwd, monkeypatch):
 
 def test_a_plan_that_fails_is_a_problem_among_others(capsys, cwd):
     wrong = given("--no-compile") | {"data_dir": "data/none"}
-    assert doctor.examine(ti.for_doctor(wrong)) == 2
+    assert doctor.examine(for_doctor(wrong)) == 2
     out = capsys.readouterr().out
     assert re.search(r"PROBLEM  plan +.*data/none", out)
     for name in ("tokenizer", "products", "disk", "ports"):
@@ -75,13 +80,13 @@ def test_a_plan_that_fails_is_a_problem_among_others(capsys, cwd):
 def test_a_device_that_is_not_there(capsys, cwd):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert doctor.examine(ti.for_doctor(given("--no-compile") | {"device": "cuda"})) == 2
+    assert doctor.examine(for_doctor(given("--no-compile") | {"device": "cuda"})) == 2
     assert "--device cuda: not available" in capsys.readouterr().out
 
 
 def test_several_processes_are_refused(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert doctor.examine(ti.for_doctor({})) == 2
+    assert doctor.examine(for_doctor({})) == 2
     assert "without torchrun" in capsys.readouterr().err
 
 
@@ -147,7 +152,7 @@ def test_a_name_that_has_checkpoints(capsys, cwd):
     folder = cwd / "checkpoints" / "a"
     folder.mkdir(parents=True)
     (folder / "step_00000004.pt").write_bytes(b"")
-    assert doctor.examine(ti.for_doctor(given("--run_name", "a", "--no-compile"))) == 2
+    assert doctor.examine(for_doctor(given("--run_name", "a", "--no-compile"))) == 2
     assert re.search(r"PROBLEM  plan +--run_name a: .* already", capsys.readouterr().out)
 
 
@@ -207,7 +212,7 @@ def test_a_step_that_fails_is_a_problem(capsys, report, cwd):
     run = planned()
     run.cfg.seq_len = 16  # the batch has this many tokens, the ids below do not fit the model
     run.cfg.n_head = 3  # 16 channels do not divide
-    assert doctor.measure(report, ti.for_doctor({}), run, "speed") is None
+    assert doctor.measure(report, for_doctor({}), run, "speed") is None
     assert report.problems == ["speed"]
     assert "a training step failed" in capsys.readouterr().out
 
@@ -230,7 +235,7 @@ def test_how_long_a_run_takes(capsys, report, steps, batch, rate, watts, device,
 
 def test_the_reference_model_is_124m(cwd, monkeypatch):
     write_data(cwd / "data" / "walk", val=3000)
-    program = ti.for_doctor(given("--dtype", "float32"))
+    program = for_doctor(given("--dtype", "float32"))
     run = doctor.reference_run(program, planned())
     assert run.model.num_params() == 124_439_808
     assert run.cfg.total_batch_size == 524_288 and run.cfg.micro_batch_size == 1
@@ -239,5 +244,5 @@ def test_the_reference_model_is_124m(cwd, monkeypatch):
 
 def test_an_unreadable_data_folder_is_a_problem_not_a_traceback(capsys, cwd):
     name = "a" * 300  # no file system has that
-    assert doctor.examine(ti.for_doctor(given("--no-compile") | {"data_dir": name})) == 2
+    assert doctor.examine(for_doctor(given("--no-compile") | {"data_dir": name})) == 2
     assert f"PROBLEM  plan       --data_dir {name}: File name too long" in capsys.readouterr().out

@@ -354,6 +354,15 @@ def test_a_restart_does_not_resume_what_the_first_attempt_was_refused(tmp_path, 
     assert (tmp_path / "checkpoints" / "a" / "step_00000020.pt").stat().st_mtime_ns == before
 
 
+def test_a_disk_slower_than_the_hang_timeout_is_no_hang(tmp_path, data):
+    """Rank 0 waits for the save before, and rank 1 for rank 0."""
+    flags = [*QUIET, "--max_steps", "3", "--checkpoint_freq", "1", "--hang_timeout", "4"]
+    out, err = faulty("disk", 15, 0, *flags, cwd=tmp_path, data=data, nproc=2)
+    waited = re.search(r"still being written after ([\d.]+) s; step_00000003", out)
+    assert waited and "no progress" not in err
+    assert saved_steps(tmp_path) == [1, 2, 3]
+
+
 def test_max_hours_saves_and_ends_with_0(tmp_path, data):
     flags = [*LONG, "--max_hours", "0.001"]  # 3.6 seconds
     out, _ = run(*flags, cwd=tmp_path, data=data)

@@ -1,5 +1,7 @@
 """Slurm's environment, as srun sets it, and two real processes that find each other by it."""
 
+import signal
+import socket
 import subprocess
 import sys
 
@@ -162,3 +164,33 @@ def test_srun_trains_like_one_process(tmp_path, data):
     one, two = (logged(tmp_path / "runs" / name)["Loss/train"] for name in ("one", "two"))
     assert [v for _, v in two] == pytest.approx([v for _, v in one], rel=1e-5)
     assert checkpoint(tmp_path, 6, "two").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wait_for_others_says_so_and_ends_at_a_signal(tmp_path, data, rank):
+    """A process of two whose peer never comes, as with variables left over in a shell."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+    program += "from runtime import supervisor; supervisor.begin()\n"
+    program += "import train_improved as ti; from runtime import distributed\n"
+    program += "distributed.MINUTE = 0.3; supervisor.end(ti.main())"
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *SMALL, "--data_dir", str(data)],
+            cwd=tmp_path,
+            env=environment() | env | {"MASTER_PORT": str(port + i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(len(signals))
+    ]
+    for number, process in zip(signals, processes, strict=True):
+        waits = "rank 0 waits for rank 1 to start" if rank == 0 else "rank 1 waits for the others"
+        assert any(waits in line for line in iter(process.stderr.readline, ""))
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number

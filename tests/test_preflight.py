@@ -37,7 +37,7 @@ def planned(**values) -> SimpleNamespace:
     cfg.micro_batch_size = cfg.micro_batch_size or 1
     with torch.device("meta"):
         model = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
-    dist = SimpleNamespace(device=torch.device("cpu"))
+    dist = SimpleNamespace(device=torch.device("cpu"), world_size=1)
     state = ti.TrainState()
     return SimpleNamespace(cfg=cfg, model=model, dist=dist, dtype=torch.float32, state=state)
 

@@ -281,6 +281,18 @@ def test_separator(tmp_path, small_units, separator):
     assert counts["blank"] == blanks and counts["documents"] == len(parts)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_separate(tmp_path, small_units, end):
+    rng = random.Random(end)
+    runs = [end * rng.choice([1, 2, 2, 3, 4, 5, 90]) for _ in range(600)]
+    text = "".join(f"some words {i}{run}" for i, run in enumerate(runs))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    tokens, _, _ = read_here(tmp_path, tmp_path / "a.txt", separator="\n\n")
+    parts = [part for part in re.split("\r?\n\r?\n", text) if part.strip()]
+    assert len(places) > 10 and 400 < len(parts) < 600
+    assert np.array_equal(tokens, recount(parts))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "text"])
 def test_standard_input(tmp_path, kind):
     if kind == "text":
@@ -698,7 +710,7 @@ def test_another_source_is_refused(begun, capsys, change, monkeypatch):
         elif change == "gone":
             path.unlink()
         elif change == "new":
-            extra.write_bytes(data)
+            extra.write_bytes(data + b"\n")
         else:  # of a file too large to be read as a whole, any sign of a change counts
             monkeypatch.setattr(sources, "SAMPLE", 1 << 16)
             os.utime(path)
@@ -746,7 +758,7 @@ def test_bad_input(tmp_path, capsys):
     assert "nope" in refuse(fineweb, "--name", "nope")
     assert "--split valid" in refuse(fineweb, "--name", "sample-10BT", "--split", "valid")
     assert "--workers 0" in refuse(source, "--workers", 0)
-    assert "--separator" in refuse(source, "--separator", r"\n\n")
+    assert "--separator" in refuse(source, "--separator", "aba")
     assert "exclude each other" in refuse(source, "--val_source", source, "--val_tokens", 5)
     assert "name it once" in refuse("-", "-")
     assert not out.exists()

@@ -124,7 +124,7 @@ def test_encodings(tmp_path, name):
         ("repr.jsonl", b"{'text': 'a'}\n" * 9, ["9 lines that are not JSON"]),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid 1\n", ["git lfs pull"]),
         ("empty.jsonl", b"", ["no data"]),
-        ("blank.txt.gz", gzip.compress(b""), ["no corpus to cut"]),
+        ("blank.txt.gz", gzip.compress(b"", mtime=0), ["no corpus to cut"]),
         ("lines.txt", lines(TEXTS), ["holds JSON", "--format jsonl"]),
         ("table.csv", b"name;body\na;b\n", ["--text_key text", "it has name;body"]),
         ("fields.json", json.dumps(records(TEXTS, "story")).encode(), ["id, story", "--text_key"]),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ import export
 import train_improved as ti
 from checkpointing import files, run_folders
 from conftest import SCRIPT, SMALL, environment, run, start, write_data
-from monitoring import summary
+from monitoring import summary, tensorboard_log
 from runtime import flags, planning
 from test_config import sample  # noqa: F401 (a fixture)
 from test_training import checkpoint, logged
@@ -180,7 +181,8 @@ def go_on(typed: flags.CommandLine, name: str, finished=False, **values):
     """The printed command as a shell and this program read it: {name: value}."""
     cfg = dataclasses.replace(ti.Config(**typed.values()), run_name=name, max_steps=9)
     folder = Path("checkpoints") / name
-    run_ = ti.Run(cfg, set(), None, None, None, [], None, checkpoint_folder=folder)
+    dist = SimpleNamespace(starts=[["python"]])
+    run_ = ti.Run(cfg, set(), dist, None, None, [], None, checkpoint_folder=folder)
     words = shlex.split(planning.next_command(run_, typed, finished, None))
     assert Path(words[1]).samefile(SCRIPT)
     return read(*words[2:]).values()
@@ -276,6 +278,15 @@ def test_a_mixture_of_folders_with_any_name(tmp_path, monkeypatch, names):
     assert [(folder, float(share)) for folder, share in found] == [
         (names[0], 0.75), (names[1], 0.25)
     ]  # fmt: skip
+
+
+def test_a_name_that_is_not_utf8_reaches_tensorboard(tmp_path):
+    name = os.fsdecode(b"data\xff")
+    log = tensorboard_log.TensorBoardLog(tmp_path, 0, print)
+    log.hparams({"data_dir": name}, ["Loss/validation"])
+    log.close()
+    (events,) = tmp_path.glob("*tfevents*")
+    assert rb"data\udcff" in events.read_bytes()
 
 
 def test_folders_may_be_links_to_other_disks(trained, tmp_path, monkeypatch):

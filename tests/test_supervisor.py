@@ -152,7 +152,7 @@ def test_a_thread_that_is_at_work_keeps_a_waiting_process_from_ending():
     code = BEGIN + (
         "import threading\n"
         "s = supervisor.Supervisor(hang_timeout=1)\n"
-        "write = lambda: [(time.sleep(0.1), s.alive()) for _ in range(30)]\n"
+        "write = lambda: [(time.sleep(0.1), s.written()) for _ in range(30)]\n"
         "writer = threading.Thread(target=write)\n"
         "writer.start(); writer.join(); s.leave(0)\n"
     )

@@ -193,8 +193,8 @@ def wait_for_step(process, step, timeout=120):
     seen = []
     for line in process.stdout:
         seen.append(line)
-        words = line.replace("/", " ").replace(":", " ").split()
-        if words[:1] == ["step"] and int(words[1]) >= step:
+        done = re.search(r"step +([\d,]+)/", line)
+        if done and int(done[1].replace(",", "")) >= step:
             return seen
     raise AssertionError("ended before:\n" + "".join(seen) + process.stderr.read())
 

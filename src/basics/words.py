@@ -66,7 +66,7 @@ def tint(text: str, colour: str, stream=None) -> str:
 
 
 def marked(text: str, stream=None) -> str:
-    """A line of output: yellow if it begins with WARNING, red if with ERROR or error."""
+    """Return a line of output, yellow if it begins with WARNING, red if with ERROR or error."""
     for word, colour in (("WARNING", "yellow"), ("ERROR", "red"), ("error", "red")):
         if text.startswith(word):
             return tint(text, colour, stream)

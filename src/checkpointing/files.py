@@ -62,7 +62,7 @@ class Info:
 
 
 def step_path(folder, step: int) -> Path:
-    """`folder`/step_00005000.pt"""
+    """Return `folder`/step_00005000.pt."""
     return Path(folder) / f"step_{step:08d}.pt"
 
 
@@ -216,7 +216,7 @@ def is_known_good(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _open(path: Path):
-    """The file, unbuffered; what the system refuses, also later, becomes a CheckpointError."""
+    """Yield the file, unbuffered; what the system refuses, also later, is a CheckpointError."""
     try:
         mode = os.stat(path).st_mode  # first: opening a named pipe would wait for ever
     except FileNotFoundError:
@@ -237,7 +237,7 @@ def _open(path: Path):
 
 
 def _read_comment(path: Path, file) -> tuple[int, bytes, dict]:
-    """(length of what the digest covers, the digest, info) from the end of an open file."""
+    """Return (length of what the digest covers, digest, info) from the end of an open file."""
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise CheckpointError(path, "is empty")
@@ -267,7 +267,7 @@ def _read_comment(path: Path, file) -> tuple[int, bytes, dict]:
 
 
 def read_info(path) -> dict:
-    """The `info` of a checkpoint and `saved_at`, from its last bytes. CheckpointError if not ours.
+    """Return the `info` of a checkpoint, from its last bytes. CheckpointError if it is not ours.
 
     A file that is cut short is noticed, damage inside it is not: that takes `verify`.
     """
@@ -333,8 +333,8 @@ def load(path, map_location="cpu") -> dict:
 
 
 def check_layout(path, value, layout, where: str = "it") -> None:
-    """CheckpointError if what was loaded is not of the types that `layout` says: a type, a list of
-    one layout, a dict of them by key, or a dataclass (for those of its fields that are there)."""
+    """Raise CheckpointError if what was loaded is not of the types that `layout` says: a type, a
+    list of one layout, a dict of them by key, or a dataclass (for its fields that are there)."""
     if dataclasses.is_dataclass(layout) and isinstance(value, dict):
         layout = {f.name: f.type for f in dataclasses.fields(layout) if f.name in value}
     kind = type(layout) if isinstance(layout, dict | list) else layout

@@ -34,7 +34,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "seq_len")
 
 
 def read_pretrained(source: str, checkpoint_dir="checkpoints") -> tuple[dict, dict, list[str]]:
-    """(shape, weights, notes) of a model, on the CPU in float32.
+    """Return (shape, weights, notes) of a model, on the CPU in float32.
 
     source: "latest" (of `checkpoint_dir`), a checkpoint file, a run's folder of them, a Hugging
     Face folder or a .safetensors file in one, an alias or an id of the hub. What is here on disk
@@ -53,7 +53,7 @@ def read_pretrained(source: str, checkpoint_dir="checkpoints") -> tuple[dict, di
 
 
 def find(source: str, checkpoint_dir="checkpoints") -> tuple[Path, list[str]]:
-    """The checkpoint, Hugging Face folder or file that `source` means, downloaded if need be."""
+    """Return the checkpoint, folder or file that `source` means, and notes; maybe downloaded."""
     if source == "latest" or Path(source).expanduser().exists():
         path, skipped = find_here(source, checkpoint_dir)
         notes = [f"skipped {bad}: {reason}" for bad, reason in skipped]
@@ -65,7 +65,7 @@ def find(source: str, checkpoint_dir="checkpoints") -> tuple[Path, list[str]]:
 
 
 def find_here(source: str, checkpoint_dir="checkpoints") -> tuple[Path, list[tuple[Path, str]]]:
-    """(path, [(damaged file, reason), ...]) for "latest", a file, a run's or an HF folder."""
+    """Return (path, [(damaged file, reason), ...]) for "latest", a file, a run's or HF folder."""
     if source == "latest":
         path, skipped = run_folders.find_latest_anywhere(checkpoint_dir)
         if path is None:
@@ -93,7 +93,7 @@ OTHER_WEIGHTS = {  # files, and how transformers is told of them
 
 
 def _nothing_in(folder: Path) -> str:
-    """A sentence about a folder that holds nothing to load, with the way out where there is one."""
+    """Return a sentence about a folder with nothing to load, and the way out where there is one."""
     for pattern, how in OTHER_WEIGHTS.items():
         for file in folder.glob(pattern):
             old = " (with transformers before version 5)" * bool(how)
@@ -114,13 +114,13 @@ def _nothing_in(folder: Path) -> str:
 
 
 def to_safetensors(source: str, folder: Path, how: str = "") -> str:
-    """The command that makes transformers load `source` and write it to `folder`."""
+    """Return the command that makes transformers load `source` and write it to `folder`."""
     load = f"t.GPT2LMHeadModel.from_pretrained({source!r}{how})"
     return _python(f"import transformers as t; {load}.save_pretrained({str(folder)!r})")
 
 
 def _python(code: str) -> str:
-    """A command that can be pasted into a shell."""
+    """Return a command that can be pasted into a shell."""
     special = re.search(r'["$`\\!]', code)
     return f"python -c {shlex.quote(code)}" if special else f'python -c "{code}"'
 
@@ -131,7 +131,7 @@ FILES = ("config.json", "vocab.json", "model.safetensors")
 
 
 def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
-    """The folder of a model of the Hugging Face hub in its cache (HF_HOME), fetched if need be.
+    """Return the folder of a model of the hub in its cache (HF_HOME), maybe fetched, and notes.
 
     Says how much it downloads before it does. Without a connection what is cached is used.
     """
@@ -194,7 +194,7 @@ TRANSPOSED = ("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging F
 
 
 def parameter_shapes(n_layer: int, n_head: int, n_embd: int, seq_len: int) -> dict[str, tuple]:
-    """Every parameter of train_improved.GPT but lm_head.weight, which is wte's."""
+    """Return every parameter's shape in train_improved.GPT but lm_head.weight's, which is wte."""
     C = n_embd
     layers = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
     layers |= {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
@@ -209,7 +209,7 @@ def parameter_shapes(n_layer: int, n_head: int, n_embd: int, seq_len: int) -> di
 
 
 def _check_tensors(found: dict, shape: dict) -> None:
-    """ValueError unless `found` {name: shape} has all parameters in their shapes."""
+    """Raise ValueError unless `found` {name: shape} has all parameters in their shapes."""
     expected = parameter_shapes(**shape)
     missing = [name for name in expected if name not in found]
     if missing:
@@ -229,7 +229,7 @@ def _from_checkpoint_file(path: Path) -> tuple[dict, dict, list[str]]:
 
 
 def from_checkpoint(checkpoint: dict, path) -> tuple[dict, dict]:
-    """(shape, weights) of a loaded checkpoint of train_improved.py; ValueError if it is none."""
+    """Return (shape, weights) of a loaded checkpoint; ValueError if it is not the program's."""
     try:
         shape = {name: int(checkpoint["config"][name]) for name in SHAPE}
         weights = dict(checkpoint["model"])
@@ -251,7 +251,7 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def _from_hugging_face(path: Path) -> tuple[dict, dict, list[str]]:
-    """A folder with config.json and weights in safetensors, or one such file in it."""
+    """Read a folder with config.json and weights in safetensors, or one such file in it."""
     import torch
 
     folder = path if path.is_dir() else path.parent
@@ -301,7 +301,7 @@ def _from_hugging_face(path: Path) -> tuple[dict, dict, list[str]]:
 
 
 def _our_name(stored: str) -> str:
-    """A stored tensor's name in train_improved.GPT, without what others put around it:
+    """Return a stored tensor's name in train_improved.GPT, without what others put around it:
     "module._orig_mod.h.0.ln_1.bias" -> "transformer.h.0.ln_1.bias"."""
     parts = [part for part in stored.split(".") if part not in WRAPPERS]
     for i, part in enumerate(parts):
@@ -339,7 +339,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files that are one model; ValueError if that is not clear."""
+    """Return the safetensors files that are one model; ValueError if that is not clear."""
     if not path.is_dir():
         return [path]
     if (path / "adapter_config.json").exists():
@@ -377,7 +377,7 @@ CONFIG_NAMES = {
 
 
 def _read_config(folder: Path, shape: dict) -> dict:
-    """config.json without what it leaves open (null). shape: as the tensors have it."""
+    """Return config.json without what it leaves open (null). shape: as the tensors have it."""
     if not (folder / "config.json").exists():
         sizes = f"n_layer={shape['n_layer']}, n_embd={shape['n_embd']}, n_positions="
         sizes += f"{shape['seq_len']}, n_head={max(1, shape['n_embd'] // 64)}"
@@ -391,7 +391,7 @@ def _read_config(folder: Path, shape: dict) -> dict:
 
 
 def _check_config(folder: Path, tensors: dict) -> tuple[dict, list[str]]:
-    """Shape and notes; ValueError names everything that makes it another model than GPT-2."""
+    """Return shape and notes; ValueError names all that makes it another model than GPT-2."""
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
     rows, columns = getattr(tensors.get("transformer.wpe.weight"), "shape", (1024, 768))
     shape = {"n_layer": len(layers), "n_head": 12, "n_embd": columns, "seq_len": rows}
@@ -436,7 +436,7 @@ def _check_config(folder: Path, tensors: dict) -> tuple[dict, list[str]]:
 
 
 def _check_vocabulary(folder: Path) -> list[str]:
-    """ValueError if the folder's tokenizer is not GPT-2's: ids would stand for other text."""
+    """Raise ValueError if the tokenizer is not GPT-2's: ids would stand for other text."""
     tokens = None
     if (folder / "vocab.json").exists():
         tokens = _read_json(folder / "vocab.json")
@@ -455,7 +455,7 @@ def _check_vocabulary(folder: Path) -> list[str]:
 
 
 def _unused(names: list[str]) -> list[str]:
-    """A sentence for each kind of tensor that has no place here, layers counted together."""
+    """Return a sentence for each kind of tensor without a place here, layers counted together."""
     kinds = Counter(re.sub(r"(^|\.)h\.\d+\.", r"\1h.*.", name) for name in names)
     notes = []
     for kind, count in kinds.items():
@@ -469,7 +469,7 @@ def _unused(names: list[str]) -> list[str]:
 
 
 def for_training(source: str, given: dict, preset: dict, checkpoint_dir) -> tuple[dict, dict]:
-    """(shape, weights) for a run with the flags in `given`; prints what `read_pretrained` notes.
+    """Return (shape, weights) for a run with the flags in `given`; print what was noted.
 
     preset: the shape that --model stands for, {} if it was not given. A shorter seq_len crops the
     positions; what else differs from the source is a ValueError that names both values.

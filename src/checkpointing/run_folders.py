@@ -34,7 +34,7 @@ except ImportError:  # Windows: no lock, and folders cannot be flushed; the rest
 
 
 def list_checkpoints(folder) -> list[Info]:
-    """The files in `folder` that are named like checkpoints, by step; [] if there is no folder.
+    """Return the files in `folder` named like checkpoints, by step; [] if there is no folder.
 
     ValueError: the folder cannot be read.
     """
@@ -68,12 +68,12 @@ def _first_whole(candidates: list[Info]) -> tuple[Path | None, list[tuple[Path, 
 
 
 def find_latest(folder) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """(the checkpoint of the highest step that verifies, [(skipped file, reason), ...])."""
+    """Return (the checkpoint of the highest step that verifies, [(skipped, reason), ...])."""
     return _first_whole(list_checkpoints(folder)[::-1])
 
 
 def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """As `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
+    """Return as `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
 
     def when(candidate: Info) -> float:
         with contextlib.suppress(CheckpointError):
@@ -85,7 +85,7 @@ def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, 
 
 
 def run_folders(checkpoint_dir) -> list[Path]:
-    """The folders in `checkpoint_dir`, by name, those behind links too."""
+    """Return the folders in `checkpoint_dir`, by name, those behind links too."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(p for p in Path(checkpoint_dir).iterdir() if p.is_dir())
     return []
@@ -170,7 +170,7 @@ def make_room(
 
 
 def validate_run_name(name: str) -> str:
-    """The name itself, or ValueError if it could be anything but one folder's name."""
+    """Return the name; ValueError if it could be anything but one folder's name."""
     if not RUN_NAME.fullmatch(name):
         raise ValueError(
             f"--run_name {name!r}: use 1 to 100 letters, digits, '.', '_' and '-', beginning with "
@@ -257,7 +257,7 @@ class RunLock:
         return self
 
     def holds(self, folder) -> bool:
-        """Whether this is the lock of `folder`."""
+        """Return whether this is the lock of `folder`."""
         return self.path is not None and self.path.parent == Path(folder).resolve()
 
     @staticmethod

@@ -187,7 +187,7 @@ class Chart:
         if len(points) > 1 and "alone" not in look:
             path = f'<path class="{look.replace(" dots", "")}" d="M{"L".join(points)}"/>'
         if "dots" in look or len(points) == 1:
-            dots = "".join(f"M{point}h0" for point in points)
+            dots = "".join(f"M{point}h.1" for point in points)
             path += f'<path class="{look} dots" d="{dots}"/>'
         return path
 
@@ -214,7 +214,7 @@ class Chart:
         words.append(f'<span class="name">{esc(self.x_name)}</span>')
         keys = []
         for look, label in self.legend:
-            line = "14 5h0" if "dots" in look else "14 10v-9" if "marks" in look else "0 5h28"
+            line = "14 5h.1" if "dots" in look else "14 10v-9" if "marks" in look else "0 5h28"
             key = f'<svg viewBox="0 0 28 10"><path class="{look}" d="M{line}"/></svg>'
             keys.append(f"<li>{key}{esc(label)}</li>")
         note = f"<p>{esc(' '.join(self.notes))}</p>" if self.notes else ""

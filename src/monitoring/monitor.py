@@ -21,6 +21,7 @@ from basics.words import marked
 from checkpointing import run_folders
 from monitoring import energy, health, jsonl_log, notify, summary
 from training import sharding
+from training.schedule import last_stable_step
 
 
 def due(freq: int, state, cfg) -> bool:
@@ -32,6 +33,13 @@ def evaluation_due(state, cfg) -> bool:
     """Return whether this step number has an evaluation that is not complete yet."""
     freqs = (cfg.eval_freq, cfg.hellaswag_freq, cfg.sample_freq)
     return state.evaluated_step != state.step and any(due(freq, state, cfg) for freq in freqs)
+
+
+def checkpoint_due(state, cfg) -> bool:
+    """Return whether this step number gets a checkpoint, whatever else asks for one."""
+    at_the_end_at_least = cfg.checkpoint_freq or cfg.max_steps
+    regular = state.step > 0 and due(at_the_end_at_least, state, cfg)
+    return regular or state.step == last_stable_step(cfg)
 
 
 class NoLog:
@@ -141,7 +149,7 @@ class Monitor:
         self.outside.tell(event, text, self.state.step)
 
     def begin(self, run) -> None:
-        """Tell that training begins, and from where."""
+        """Tell that training begins, from where, and what is missing."""
         cfg, step = self.cfg, self.state.step
         text = f"{cfg.model}, {cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens, on "
         text += f"{run.dist.world_size} x {summary.device_name(run.dist.device)}"
@@ -150,6 +158,11 @@ class Monitor:
             text += f"; from step {step:,} of {run.resumed_from}, saved {age} ago: what came after "
             text += "it is done again"
         self.outside.start("resumed" if run.resumed_from else "started", text, step)
+        if not run.hellaswag_items and cfg.hellaswag_freq:
+            self.say(
+                f"HellaSwag is off, {cfg.hellaswag_file} is not there: get it (12 MB) with "
+                "python src/hellaswag.py --download"
+            )
 
     def leave(self, event: str, text: str, well: bool) -> None:
         """Tell how the run ended; `well`: as somebody wanted."""

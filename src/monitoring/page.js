@@ -14,7 +14,8 @@ function count() {
 async function renew() {
   if (document.hidden) return;
   try {
-    const reply = await fetch("/", {headers: tag ? {"If-None-Match": tag} : {}, cache: "no-store"});
+    const headers = tag ? {"If-None-Match": tag} : {};
+    const reply = await fetch(location.pathname, {headers, cache: "no-store"});
     document.body.classList.remove("lost");
     if (reply.status != 200) return;
     tag = reply.headers.get("ETag");

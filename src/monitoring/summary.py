@@ -40,7 +40,8 @@ def plan(run) -> str:
     epochs = (run.state.position * cfg.seq_len + rest) / data.num_tokens
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
-    memory, on_cpu = step_memory.of_run(run), dist.device.type == "cpu"
+    memory, several = step_memory.of_run(run), dist.world_size > 1
+    on_cpu = dist.device.type == "cpu"
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
@@ -64,7 +65,9 @@ def plan(run) -> str:
         f"gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
         "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}; "
         f"about {memory / 1e9:.1f} GB of memory per process"
-        + (f" and {file_bytes / 1e9:.1f} GB for the copy that is saved" if on_cpu else ""),
+        + (f" and {file_bytes / 1e9:.1f} GB for the copy that is saved" if on_cpu else "")
+        + (f" ({step_memory.of_run(run, not cfg.shard) / 1e9:.1f} GB " if several else "")
+        + (f"{'without' if cfg.shard else 'with'} --shard)" if several else ""),
         "every": f"evaluation {cfg.eval_freq}, HellaSwag "
         f"{cfg.hellaswag_freq if run.hellaswag_items else 'off'}, samples {cfg.sample_freq}, "
         f"histograms {cfg.histogram_freq if cfg.use_tensorboard else 'off'}, checkpoints "
@@ -195,10 +198,15 @@ def memory_warning(run) -> str | None:
     need, copy, available, where = memory_needed(run)
     if available is None or need + copy <= available:
         return None
+    ways = ["a smaller one"] if run.cfg.micro_batch_size > 1 else []
+    ways += ["--activation_checkpointing"] * (not run.cfg.activation_checkpointing)
+    if run.dist.world_size > 1 and not run.cfg.shard and copy < available:
+        sharded = step_memory.of_run(run, sharded=True)
+        ways.append(f"--shard ({sharded / 1e9:.1f} GB a process)")
     return (
         f"--micro_batch_size {run.cfg.micro_batch_size} needs about {need / 1e9:.1f} GB of {where}"
         + (f" and the copy for checkpoints {copy / 1e9:.1f} GB" if copy else "")
-        + f", {available / 1e9:.1f} GB are free: use a smaller one, or a smaller model"
+        + f", {available / 1e9:.1f} GB are free: use {', '.join(ways)} or a smaller model"
     )
 
 

@@ -314,8 +314,8 @@ class TensorBoardLog(LogFile):
                 row[name] = "none"
             elif isinstance(value, list | tuple):
                 row[name] = ", ".join(map(str, value))
-            else:
-                row[name] = str(value)
+            else:  # a folder's name need not be UTF-8
+                row[name] = str(value).encode(errors="backslashreplace").decode()
         experiment, start, _ = torch_summary.hparams(row, dict.fromkeys(metrics, 0.0), ticks)
         plugin_data = experiment.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin_data.content)

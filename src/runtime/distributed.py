@@ -1,7 +1,10 @@
 """This process among the others: where they meet, what they agree on, what they send each other."""
 
+import contextlib
 import hashlib
 import os
+import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +16,29 @@ from checkpointing import run_folders
 from runtime import launch, machine
 from runtime.peers import SILENCE, Peers
 
+MINUTE = 60.0
 MEETING = "train_improved/store"  # key of torchrun's store: the address of rank 0's
 BEGUN = "train_improved/run"  # and: the name of the run, once its folders are claimed
 # Flags that say where something is on this machine; all others must be the same everywhere.
 OF_A_MACHINE = {
     *("checkpoint_dir", "config", "data_dir", "device", "hellaswag_file", "tensorboard_dir")
 }
+
+
+@contextlib.contextmanager
+def saying_every_minute(text: str):
+    """Print `text` every minute while the block waits."""
+    done = threading.Event()
+
+    def say():
+        while not done.wait(MINUTE):
+            print(text, file=sys.stderr, flush=True)
+
+    threading.Thread(target=say, name="waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class Distributed:
@@ -41,7 +61,9 @@ class Distributed:
             address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
             self.board = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
         if self.world_size > 1:
-            store = self._meet(timeout)
+            with saying_every_minute(f"rank {self.rank} waits for the others to start"):
+                store = self._meet(timeout)
+            self._wait_for_all(store, timeout)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
@@ -61,7 +83,9 @@ class Distributed:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         TCPStore = torch.distributed.TCPStore
         if self.board is None:  # srun, or an address of this attempt: nobody listens there yet
-            return TCPStore(address, port, self.world_size, self.is_main, timeout)
+            return TCPStore(
+                address, port, is_master=self.is_main, timeout=timeout, wait_for_workers=False
+            )
         if self.is_main:
             store = TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
             store.set("world_size", str(self.world_size))
@@ -83,6 +107,24 @@ class Distributed:
             f"rank {self.rank} found no rank 0 at {address}: let --rdzv_endpoint name the machine "
             "whose address sorts first, see docs/SEVERAL_MACHINES.md"
         )
+
+    def _wait_for_all(self, store: torch.distributed.Store, timeout: timedelta) -> None:
+        """Return when every process is here; rank 0 says every minute which are missing."""
+        store.set(f"started/{self.rank}", "")
+        begun = said = time.monotonic()
+        missing = list(range(self.world_size)) if self.is_main else []
+        while missing := [rank for rank in missing if not store.check([f"started/{rank}"])]:
+            now, ranks = time.monotonic(), ", ".join(map(str, missing[:8]))
+            if now - begun > timeout.total_seconds():
+                raise ValueError(
+                    f"WORLD_SIZE={self.world_size}: rank {ranks} did not start within "
+                    f"{now - begun:.0f} s; start all of them, or one process without torchrun's "
+                    "variables (unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT)"
+                )
+            if now - said > MINUTE:
+                said = now
+                print(f"rank 0 waits for rank {ranks} to start", file=sys.stderr, flush=True)
+            time.sleep(0.2)
 
     def begun(self, checkpoint_dir: Path) -> str | None:
         """Return the name of the run that an earlier attempt of this torchrun began, if any.

@@ -20,8 +20,6 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +28,7 @@ from basics import host, words
 from basics.words import tint
 from monitoring import energy, notify, summary
 from runtime import machine, planning
+from runtime.instead import Program
 from tokens import shards as token_shards
 from tokens import tokenizer
 from training.guard import LossScale
@@ -56,19 +55,6 @@ class Report:
             print(f"{'':20} fix: {fix}", flush=True)
         if level == "PROBLEM":
             self.problems.append(name)
-
-
-@dataclass(frozen=True)
-class Program:
-    """What the doctor is to plan and try."""
-
-    flags: object  # a Config of the flags given, undecided
-    plan: Callable  # (**flags over those) -> a planned Run; ValueError, OSError if it cannot begin
-    new_model: Callable  # Config -> (model, optimizer)
-    prepare_pass: Callable  # (run, whether compiling was asked for) -> training pass
-    forward_backward: Callable  # (run, training pass, ids, poll): one micro-batch's gradients
-    reference: dict  # flags of the reference run
-    sample_dir: str
 
 
 def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> int:

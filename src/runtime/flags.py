@@ -55,11 +55,11 @@ def flag(
     otherwise that is so for what a resume does not take from the command. derived_from: names of
     the flags that decide the value when it is not given; a resume derives it again when one of
     them changes. Numbers must be at least `least`, or more than `above` where that is given
-    (`out_of_range`). several: may be given as several words, or as a list in the file; kept as
-    words of a shell. path: ~ is a home folder. Without in_file it is for the command line only.
-    overrides: names of what a file, or the checkpoint of a resume, no longer decides when this flag
-    is on the command line, or a function (the file's values, the flag's value) -> the file's
-    values.
+    (`out_of_range`). several: may be given as several words, or as a list in the file; "again": the
+    flag also several times, where otherwise the last one counts. Kept as words of a shell. path: ~
+    is a home folder. Without in_file it is for the command line only. overrides: names of what a
+    file, or the checkpoint of a resume, no longer decides when this flag is on the command line,
+    or a function (the file's values, the flag's value) -> the file's values.
     """
     metadata = {"help": help, "group": group, "choices": choices, "resume": resume}
     metadata["learned"] = resume != COMMAND if learned is None else learned
@@ -71,6 +71,25 @@ def flag(
 def kind_of(field) -> type:
     """Return int, float, str or bool."""
     return getattr(field.type, "__args__", (field.type,))[0]
+
+
+def under_recipe(recipes: dict):
+    """Return what --recipe overrides in a file: a function (its values, another recipe) -> values
+    with that one's flags, and its length and rate in the proportion of the two."""
+
+    def change(values: dict, name: str) -> dict:
+        before, after = recipes[values.get("recipe", "reference")], recipes[name]
+        if before is after:
+            return values
+        decided = {*before["flags"], *after["flags"], "min_lr", "warmup_steps"}
+        values = {k: v for k, v in values.items() if k not in decided}
+        for key, part in (("max_lr", "max_lr"), ("epochs", "length"), ("max_steps", "length")):
+            if key in values:
+                scaled = values[key] * after[part] / before[part]
+                values[key] = round(scaled) if key == "max_steps" else float(f"{scaled:.6g}")
+        return values
+
+    return change
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -127,7 +146,8 @@ def read_command_line(config_class, description: str, argv: list[str]) -> Comman
             action = argparse.BooleanOptionalAction if negatable(field) else "store_true"
             added = group.add_argument(f"--{name}", action=action, help=text)
         elif meta["several"]:
-            many = {"nargs": "+", "action": "extend", "metavar": "STR"}
+            action = "extend" if meta["several"] == "again" else "store"
+            many = {"nargs": "+", "action": action, "metavar": "STR"}
             added = group.add_argument(f"--{name}", **many, help=text)
         elif meta["choices"]:
             choices = meta["choices"]

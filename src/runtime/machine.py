@@ -101,7 +101,10 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
 
     def estimate(n: int) -> int:
         accumulating, optimizer = n < sequences, run.cfg.optimizer
-        return training_bytes(model, run.dtype, n, device, accumulating, processes, optimizer)
+        return training_bytes(
+            model, run.dtype, n, device, accumulating, processes, optimizer,
+            run.cfg.shard, run.cfg.activation_checkpointing,
+        )  # fmt: skip
 
     if device.type != "cuda" or model.lm_head.weight.is_meta:
         return max((n for n in sizes if estimate(n) <= budget), default=1)

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
 
 from basics import durable, inputs
@@ -15,7 +16,7 @@ from basics.words import marked
 from checkpointing import files, pretrained, run_folders
 from monitoring import summary
 from runtime import flags
-from tokens import sample_text, tokenizer
+from tokens import sample_text, shards, tokenizer
 from tokens.stream import open_source
 from training import scoring
 
@@ -251,6 +252,29 @@ def take_init(cfg, presets: dict, flags_now: dict, dist) -> dict:
 # --- Data and folders -----------------------------------------------------------------------------
 
 
+def steps_of_epochs(cfg, train_tokens: int, step: int, seen: int) -> int:
+    """Return the last step of --epochs passes, of which `seen` tokens are behind `step`.
+
+    Raise ValueError if the data is less than one step.
+    """
+    steps = cfg.epochs * (train_tokens // cfg.total_batch_size) - seen / cfg.total_batch_size
+    max_steps = step + int(min(max(steps, 0), flags.BELOW / 2))
+    if max_steps == 0:
+        raise inputs.wrong(
+            "epochs",
+            f"{cfg.epochs:g}",
+            f"{train_tokens:,} training tokens are less than one step of --total_batch_size "
+            f"{cfg.total_batch_size}; use a smaller batch or more data",
+        )
+    return max_steps
+
+
+def run_name(start: Start, checkpoint: dict | None, cfg, dist) -> str:
+    """Return the name asked for, the checkpoint's, or a new one, the same on all ranks."""
+    known = start.run_name or (checkpoint and checkpoint["run_name"])
+    return known or dist.on_main(lambda: f"{cfg.model}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
 def open_data(cfg, dist) -> tuple:
     """Return (training windows, validation windows, HellaSwag items), from this machine's disk.
 
@@ -262,6 +286,8 @@ def open_data(cfg, dist) -> tuple:
         with inputs.about("data_dir", cfg.data_dir):
             for split in ("train", "val"):
                 found[split] = open_source(cfg.data_dir, split, cfg.seq_len, cfg.seed)
+            if cfg.verify_data and dist.is_node_main:
+                shards.verify(cfg.data_dir)
         with inputs.about("hellaswag_file", cfg.hellaswag_file):
             found["items"] = hellaswag_items(cfg)
         return {

@@ -67,6 +67,15 @@ def checkpoint_of(run) -> dict:
     }
 
 
+def info_of(run, evaluated: bool) -> dict:
+    """Return what a list of checkpoints shows of one, without reading its tensors."""
+    return {
+        "step": run.state.step,
+        "val_loss": run.state.validation_loss if evaluated else None,
+        "data": f"{run.train_data.fingerprint} {run.cfg.val_tokens}",  # the loss is of
+    }
+
+
 def restore(run, checkpoint: dict) -> None:
     """Put a loaded checkpoint into the model, optimizer, random numbers and state of the run.
 

@@ -29,6 +29,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from basics import terminal
@@ -40,18 +41,37 @@ _GRACE = 5.0  # seconds for the other processes to react
 _LAST_WAIT = 25.0  # seconds that rank 0 has to save when another process is silent
 _STARTED = time.monotonic()
 # Keys in the process group's store; what follows a slash is a rank.
-_STOP, _LEFT, _SAVE, _HANG = (f"supervisor/{name}" for name in ("stop", "left", "save", "hang"))
+_STOP, _LEFT, _SAVE, _HANG, _WRITTEN = (
+    f"supervisor/{name}" for name in ("stop", "left", "save", "hang", "written")
+)
 
 # --- Before training ------------------------------------------------------------------------------
 
 
+Poll = Callable[[], None]  # called often: notices signals, may raise
+_at_work = False  # there is a Supervisor, which has the work saved first
+
+
 def begin() -> None:
     """To be called first, before the slow imports. Until there is a Supervisor a signal ends the
-    program at once, without a traceback, and SIGUSR1 has nothing to save."""
-    for number in _honoured():
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    program at once, without a traceback, and SIGUSR1 has nothing to save.
+
+    A thread hears of signals: the main thread may wait in C++ for another process that never
+    comes, where Python runs no handler.
+    """
+    for number in (*_honoured(), signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: None)
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(heard,), name="signals", daemon=True).start()
     terminal.make_lasting()
+
+
+def _hear(pipe: int) -> None:
+    while number := os.read(pipe, 1):
+        if not _at_work and number[0] in _honoured():
+            os._exit(128 + number[0])
 
 
 def _honoured() -> list[signal.Signals]:
@@ -80,6 +100,15 @@ class StopRequested(Exception):
         self.code, self.reason = code, reason
 
 
+@contextlib.contextmanager
+def reading():
+    """Stop with the work saved where data goes bad in mid-run, and name it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise StopRequested(2, str(error)) from None
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether PyTorch says with this exception that another process, or the store, is gone.
 
@@ -103,9 +132,11 @@ class Supervisor:
         # Only torchrun is watched: a shell may end, with nohup it is meant to.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._deadline = None if max_hours is None else _STARTED + 3600 * max_hours
-        self._beat = time.monotonic()
+        self._beat, self._pieces = time.monotonic(), 0
         self._closed = threading.Event()
         self._pids = self._share_pids()
+        global _at_work
+        _at_work = True
         self._old_handlers = {n: signal.signal(n, self._on_stop) for n in _honoured()}
         self._old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -123,6 +154,12 @@ class Supervisor:
             self._beat = now
         if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
+
+    def written(self) -> None:
+        """Say the same for all ranks, from the thread that writes a checkpoint: they may have to
+        wait for a disk slower than hang_timeout."""
+        self._pieces += 1
+        self._beat = time.monotonic()
 
     def poll(self, waiting: bool = False, agree=bool, all_ranks: bool = False) -> None:
         """As `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
@@ -171,6 +208,8 @@ class Supervisor:
 
     def close(self) -> None:
         """Stop watching and give the signals back."""
+        global _at_work
+        _at_work = False
         self._closed.set()
         if self.peers is not None:
             self.peers.close()
@@ -252,6 +291,12 @@ class Supervisor:
         if self.rank == 0 and self.store.check([_SAVE]):
             self.store.delete_key(_SAVE)
             self._save = True
+        if self.rank == 0 and self._pieces:
+            self.store.set(_WRITTEN, str(self._pieces))
+        elif self.store.check([_WRITTEN]):
+            pieces = int(self.store.get(_WRITTEN))
+            if pieces != self._pieces:
+                self._pieces, self._beat = pieces, time.monotonic()
         if self.rank > 0 and self.store.check([_LEFT]):
             self._exit_now(int(self.store.get(_LEFT).decode()))
         if self.store.check([_HANG]) and not self.store.check([f"{_HANG}/{self.rank}"]):

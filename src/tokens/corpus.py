@@ -50,15 +50,27 @@ def cutter(file: SourceFile, separator: str):
 
 
 @functools.cache
-def separator_pattern(separator: str) -> re.Pattern[bytes]:
-    """A separator in bytes; its line ends may be those of Windows."""
+def separator_pattern(separator: str, at_cut: bool = False) -> re.Pattern[bytes]:
+    """A separator in bytes; its line ends may be those of Windows.
+
+    at_cut: not inside of a run of its characters, where pairs depend on the beginning of the run.
+    """
     pattern = re.escape(separator.encode())
-    return re.compile(pattern if "\r" in separator else pattern.replace(b"\\\n", b"\r?\n"))
+    pattern = pattern if "\r" in separator else pattern.replace(b"\\\n", b"\r?\n")
+    if at_cut and overlaps(separator):
+        first = re.escape(separator[:1].encode())
+        pattern = b"(?<!%b)(?<!%b\r)" % (first, first) + pattern
+    return re.compile(pattern)
+
+
+def overlaps(separator: str) -> bool:
+    """Does a separator end as it begins? Then where it stands depends on what was read before."""
+    return any(separator[:i] == separator[-i:] for i in range(1, len(separator)))
 
 
 def cut_after(data, least: int, separator: str) -> int:
     length = len(separator.encode())
-    for found in separator_pattern(separator).finditer(data, max(0, least - 2 * length)):
+    for found in separator_pattern(separator, True).finditer(data, max(0, least - 2 * length)):
         if found.end() >= least:
             return found.end()
     return -1
@@ -172,7 +184,8 @@ def find_spans(index: int, file: SourceFile, args, place: int, digest: str):
     if file.kind == "csv":
         content = Content(file, raw)
         return record_spans(index, file, csv_records(content, key), place, content)
-    if file.compression or file.encoding or file.pipe or "://" in file.path:
+    entered = not file.compression and not file.encoding and not overlaps(args.separator)
+    if not entered or file.pipe or "://" in file.path:
         return stream_spans(index, file, Content(file, raw), args.separator, place, digest)
     return range_spans(index, file, place)
 

@@ -101,7 +101,7 @@ def stream(
 
 
 def choose(logits, draws, temperature: float, top_k: int, top_p: float):
-    """The next token of each row: logits (B, V) float32, draws (B,) uniform in [0, 1) -> (B,).
+    """Return the next token of each row, (B,): logits (B, V) float32, draws (B,) uniform in [0, 1).
 
     Drawn from softmax(logits / temperature), among the top_k likeliest tokens (0: all), and of
     these among the likeliest that together have the share top_p. temperature 0: the likeliest.
@@ -123,7 +123,7 @@ def choose(logits, draws, temperature: float, top_k: int, top_p: float):
 
 
 def generate(model, prompts, max_tokens, generator, *, poll=lambda: None, **how) -> list[list[int]]:
-    """The rows of `stream` as a whole, without <|endoftext|>; `poll` is called at every token."""
+    """Return the rows of `stream` without <|endoftext|>; `poll` is called at every token."""
     rows = []
     for tokens in stream(model, prompts, max_tokens, generator, **how):
         poll()

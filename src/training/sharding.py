@@ -28,7 +28,7 @@ def shard(model: nn.Module) -> None:
         torch.distributed.broadcast(p.data, src=0)
     for block in model.transformer.h:
         fully_shard(block)
-    fully_shard(model)
+    fully_shard(model, reshard_after_forward=False)  # its backward pass begins at once
     register_fsdp_forward_method(model, "features")
 
 
@@ -112,3 +112,10 @@ def gathered(model: nn.Module, optimizer: dict, keep: bool) -> tuple[dict, dict]
         for i, of_one in optimizer["state"].items()
     }
     return weights, optimizer | {"state": moments}
+
+
+def all_finite(params, dist) -> bool:
+    """Return whether all weights are finite, on all ranks if they are sharded: all must ask."""
+    bad = not all(local(p).isfinite().all() for p in params)
+    sharded = any(isinstance(p, DTensor) for p in params)
+    return not (dist.any(bad) if sharded else bad)
