@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 import train_improved as ti
 from monitoring import health
 from runtime import machine
+from training import evaluation as evaluations
 from training import memory, scoring
 
 DEVICE = torch.device("cuda", 0)
@@ -219,7 +220,7 @@ def evaluation(watch) -> dict:
         watch.crossings.clear()
         watch.waits.clear()
         try:
-            getattr(ti, name)(run, lambda: None)
+            getattr(evaluations, name)(run, lambda: None)
         finally:
             found[name] = [list(watch.crossings), list(watch.waits)]
     return found

@@ -1,6 +1,7 @@
 """The model is GPT-2: names, sizes, logits, loss and gradients against independent ones."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -135,3 +136,29 @@ def test_flops_per_token_of_gpt2():
         model = ti.GPT(**ti.PRESETS["gpt2"])
     # 6 per weight without the positions, and 12 L C T for attention (PaLM, appendix B)
     assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_the_compiled_loss_has_no_float32_logits():
+    """A chunk becomes its gradient in one pass; its product is added at once."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    x, w = torch.randn(2048, 32), 0.1 * torch.randn(50257, 32)
+    y = torch.randint(0, 50257, (2048,))
+
+    def losses(function):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(a, b, y)
+        loss.backward()
+        return loss, a.grad, b.grad
+
+    eager = losses(chunked_cross_entropy)
+    compiled, code = run_and_get_code(lambda: losses(torch.compile(chunked_cross_entropy)))
+    assert abs(compiled[0] - eager[0]) < 1e-3
+    for ours, right in zip(compiled[1:], eager[1:], strict=True):
+        assert (ours - right).norm() < 1e-3 * right.norm()
+    code = "\n".join(code)
+    assert "(1024, 50304), (50304, 1), torch.bfloat16" in code
+    assert not re.search(r"\(\(1024, 50\d{3}\), \(\d+, 1\), torch.float32", code)
+    assert "add_product" in code

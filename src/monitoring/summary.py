@@ -41,6 +41,7 @@ def plan(run) -> str:
     accumulation = cfg.total_batch_size // (cfg.seq_len * dist.world_size * cfg.micro_batch_size)
     val_windows = min(cfg.val_tokens // cfg.seq_len, run.val_data.num_windows)
     memory, several = step_memory.of_run(run), dist.world_size > 1
+    on_cpu = dist.device.type == "cpu"
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
     if cfg.compile is None:
@@ -64,6 +65,7 @@ def plan(run) -> str:
         f"gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
         "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}; "
         f"about {memory / 1e9:.1f} GB of memory per process"
+        + (f" and {file_bytes / 1e9:.1f} GB for the copy that is saved" if on_cpu else "")
         + (f" ({step_memory.of_run(run, not cfg.shard) / 1e9:.1f} GB " if several else "")
         + (f"{'without' if cfg.shard else 'with'} --shard)" if several else ""),
         "every": f"evaluation {cfg.eval_freq}, HellaSwag "

@@ -14,7 +14,9 @@ watching thread ends them once rank 0 has said that it is done.
 | a second SIGINT                         | this process leaves at once                            |
 | SIGUSR1 on any rank                     | a checkpoint of the last finished step, then on        |
 | `max_hours` over                        | rank 0 saves, all leave with 0                         |
-| another rank died, or is silent (peers) | rank 0 saves, all leave with 1                         |
+| another rank died, or is silent (peers) | rank 0 saves, all leave with 1. With NCCL the device   |
+|                                         | may wait for it for ever: then nothing can be saved    |
+|                                         | and the work since the last checkpoint is lost         |
 | torchrun itself was killed              | noticed by the change of parent: as SIGTERM            |
 | no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, exit 1                  |
 | terminal or pipe of the output is gone  | what is printed is dropped, training goes on           |

@@ -36,15 +36,18 @@ def next_token_losses(x_NC, w_VC, y_N) -> torch.Tensor:
     often passes `padded(w)`."""
     x_NC = _in_product_dtype(x_NC)
     w, rows = padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
-    losses, buffer = [], _buffer(x_NC, rows)
-    for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
+    buffer = _buffer(x_NC, rows)
+    # Into one tensor: small results that stay, one a piece, would hold the heap's holes open.
+    losses_N = torch.empty(len(x_NC), dtype=torch.float32, device=x_NC.device)
+    chunks = (x_NC.split(rows), y_N.split(rows), losses_N.split(rows))
+    for x, y, losses in zip(*chunks, strict=True):
         logits = torch.mm(x, w.T, out=buffer[: len(x)])
         step = CACHE_ROWS if x.device.type == "cpu" else rows
-        losses += [
-            F.cross_entropy(some[:, :VOCAB_SIZE].float(), targets, reduction="none")
-            for some, targets in zip(logits.split(step), y.split(step), strict=True)
-        ]
-    return torch.cat(losses)
+        pieces = (logits.split(step), y.split(step), losses.split(step))
+        for some, targets, found in zip(*pieces, strict=True):
+            scores = some[:, :VOCAB_SIZE].float()
+            found.copy_(F.cross_entropy(scores, targets, reduction="none"))
+    return losses_N
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ from training.chunked_loss import PADDED_VOCAB, chunk_rows
 # Kept for the backward pass, in bytes per token, layer and channel. Measured on the shapes of gpt2
 # to gpt2-xl; what a compiler keeps is the same but for a few percent (LAB_NOTES.md, 2026-11-25).
 KEPT, KEPT_FLOAT32 = 37, 65
+PROGRAM = 280_000_000  # bytes of Python and its modules
 
 
 def state_bytes(model, optimizer: str) -> int:
@@ -33,8 +34,10 @@ def training_bytes(
     # Of a block that is computed again only its input is kept, in float32.
     activations = (model.n_layer * 4 + kept) if recomputing else model.n_layer * kept
     activations *= tokens * model.n_embd
-    # A chunk of logits, and twice in float32; the output matrix, and its gradient so far.
-    loss = min(rows, tokens) * PADDED_VOCAB * (8 + (dtype.itemsize if low else 0))
+    # A chunk of logits, and on a GPU twice in float32; the output matrix, and its gradient so far.
+    on_cpu = (device or model.lm_head.weight.device).type == "cpu"
+    in_float32 = 0 if on_cpu else (8 if low else 4)
+    loss = min(rows, tokens) * PADDED_VOCAB * (dtype.itemsize + in_float32)
     loss += PADDED_VOCAB * model.n_embd * (dtype.itemsize + (4 if tokens > rows else 0))
     state = state_bytes(model, optimizer)
     if sharded and processes > 1:
@@ -51,10 +54,12 @@ def training_bytes(
 
 
 def of_run(run, sharded: bool | None = None) -> int:
-    """Return the estimate for a process of this train_improved.Run, as it is or with `sharded`."""
+    """Return the estimate for a process of this train_improved.Run, as it is or with `sharded`; on
+    a CPU with the program itself and what the C library keeps (as measured, LAB_NOTES.md)."""
     cfg, dist = run.cfg, run.dist
     accumulating = cfg.total_batch_size > cfg.seq_len * cfg.micro_batch_size * dist.world_size
-    return training_bytes(
+    need = training_bytes(
         run.model, run.dtype, cfg.micro_batch_size, dist.device, accumulating, dist.world_size,
         cfg.optimizer, cfg.shard if sharded is None else sharded, cfg.activation_checkpointing,
     )  # fmt: skip
+    return need if dist.device.type != "cpu" else PROGRAM + round(1.15 * need)
