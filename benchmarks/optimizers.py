@@ -125,7 +125,8 @@ class Tried(muon.MuonAdamW):
 
     def _direction(self, p, group):
         direction = super()._direction(p, group)
-        if not {"soap1", "soap10"} & ON:
+        # Step 0 is the skipped update that makes the moments.
+        if not {"soap1", "soap10"} & ON or NOW["step"] == 0:
             return direction
         G, D = (x.view(group["parts"], -1, p.size(1)).float() for x in (p.grad, direction))
         state = self.state[p]
