@@ -18,11 +18,6 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 32}  # SMALL's
 
 
 @pytest.fixture
-def for_doctor(given: dict):
-    """Return what --doctor plans and tries with these flags."""
-    return ti.program(flags.CommandLine(ti.Config, given, {}))
-
-
 def cwd(tmp_path, monkeypatch):
     """A folder with data to run in, and measurements that take moments."""
     write_data(tmp_path / "data" / "walk")
@@ -35,6 +30,11 @@ def cwd(tmp_path, monkeypatch):
 @pytest.fixture
 def report():
     return doctor.Report()
+
+
+def for_doctor(given: dict):
+    """Return what --doctor plans and tries with these flags."""
+    return ti.program(flags.CommandLine(ti.Config, given, {}))
 
 
 def given(*argv) -> dict:

@@ -23,6 +23,7 @@ from checkpointing import run_folders
 from conftest import SMALL, run, write_data
 from test_bad_input import refused, snapshot
 from test_checkpoint_files import fork
+from tokens import shards
 
 D = ("--data_dir", "data/walk")
 
@@ -228,14 +229,14 @@ def small_data(folder: Path) -> dict:
     write_data(folder, train=3000, val=600)
     entries = []
     for path in sorted(folder.iterdir()):
-        shard = ti.shards.open_shard(path)
+        shard = shards.open_shard(path)
         tokens = np.fromfile(path, "<u2", offset=1024)
-        entry = ti.shards.write_shard(path, tokens)
+        entry = shards.write_shard(path, tokens)
         assert shard.tokens == entry["tokens"]
         entries.append(entry | {"split": "train" if "train" in path.name else "val"})
     manifest = {"version": 1, "tokenizer_fingerprint": ti.tokenizer.fingerprint()}
     manifest |= {"vocab_size": 50257, "shards": entries}
-    ti.shards.write_manifest(folder, manifest)
+    shards.write_manifest(folder, manifest)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -298,14 +299,14 @@ def test_data_changed_since_the_checkpoint_is_refused(capsys, monkeypatch, train
     tokens = np.fromfile(shard, "<u2", offset=1024)
     if kind == "edited":
         tokens[5] += 1
-        ti.shards.write_shard(shard, tokens)
+        shards.write_shard(shard, tokens)
     elif kind == "added":
-        ti.shards.write_shard(folder / "walk_train_000001.bin", tokens[:500])
+        shards.write_shard(folder / "walk_train_000001.bin", tokens[:500])
     else:
-        ti.shards.write_shard(folder / "walk_train_000001.bin", tokens[:9000])
-        ti.shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:])
+        shards.write_shard(folder / "walk_train_000001.bin", tokens[:9000])
+        shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:])
         shard.unlink()  # the same tokens but the last ones, in other files
-        ti.shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:-1])
+        shards.write_shard(folder / "walk_train_000002.bin", tokens[9000:-1])
     flags = ("--resume", "latest", "--data_dir", folder, "--max_steps", "6", "--run_name", kind)
     sentence = refused(capsys, monkeypatch, trained, *flags, small=False)
     assert "--allow_data_change" in sentence and "fingerprint" in sentence

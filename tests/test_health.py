@@ -185,7 +185,7 @@ def test_hellaswag_flat():
     series.steps(9000)
     for _ in range(8):
         assert series.evaluate(accuracy=0.24) == [], "below 5 billion tokens everyone is at chance"
-    series.run.state.step = 9600
+    series.run.state.step, series.run.state.tokens = 9600, 9600 * 524_288
     assert [names(series.evaluate(accuracy=0.25)) for _ in range(5)] == [
         [], [], [], ["HellaSwag flat"], [],
     ]  # fmt: skip
@@ -520,9 +520,10 @@ def test_energy_is_in_the_last_words_and_in_the_charts_only_if_there_is_any(shor
     readable = energy._package_joules("/sys/class/powercap")(0.0) is not None
     assert ("Performance/kwh" in tags) == readable
     state = SimpleNamespace(
-        step=5, train_seconds=60.0, evaluated_step=-1, watt_seconds=7.2e6, validation_loss=0.0
+        step=5, train_seconds=60.0, watt_seconds=7.2e6, validation_loss=math.inf
     )
     cfg = ti.Config(max_steps=10, run_name="a")
     run_ = SimpleNamespace(cfg=cfg, state=state, dist=SimpleNamespace(world_size=1))
     run_.checkpoint_folder = short / "checkpoints" / "a"
-    assert "after 0:01:00 of training, 2 kWh\n" in summary.farewell(run_, finished=False)
+    words = summary.farewell(run_, False, "the same command again")
+    assert "after 1.0 min of training, 2 kWh\n" in words and words.endswith("again")
