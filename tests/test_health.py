@@ -326,7 +326,8 @@ def texts(folder, tag) -> list[tuple[int, str]]:
 
 def warnings_in(out: str) -> list[str]:
     """What a run said, but for speed, which is the machine's."""
-    found = re.findall(r"^(?:WARNING step \d+|step +\d+: over, since step \d+): .*$", out, re.M)
+    what = r"WARNING step \d+|step +\d+: over, since step \d+"
+    found = re.findall(rf"^(?:\S+ \S+  )?((?:{what}): .*)$", out, re.M)
     return [text for text in found if "throughput" not in text]
 
 

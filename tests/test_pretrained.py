@@ -20,6 +20,7 @@ import hellaswag
 import train_improved as ti
 from checkpointing import pretrained
 from conftest import ROOT, environment, run
+from tokens.stream import open_source
 from tokens.tokenizer import VOCAB_SIZE
 from training import scoring
 
@@ -410,7 +411,7 @@ def test_training_begins_with_the_weights_on_every_rank(workplace, model, data, 
         small=False,
     )  # fmt: skip
     assert first_loss(alone) == first_loss(out)
-    source = ti.open_source(str(data), "val", 32, 0)
+    source = open_source(str(data), "val", 32, 0)
     val = torch.from_numpy(source.windows_in_order(range(16)).astype("int64"))
     with torch.no_grad():
         assert f"{model(val[:, :-1], val[:, 1:]):.4f}" == first_loss(out)

@@ -39,13 +39,14 @@ def logged(folder) -> dict:
     }
 
 
-def assert_same_training(a: Path, b: Path):
-    """Two checkpoints hold bit-identical weights, moments, random numbers and state."""
+def assert_same_training(a: Path, b: Path, changed=False):
+    """Two checkpoints hold bit-identical weights, moments, random numbers and state; `changed`: but
+    for the note that a resume changed a flag."""
     one, two = (torch.load(p, weights_only=True) for p in (a, b))
     for part in ("model", "optimizer", "rng", "loss_scale"):
         assert_equal(one[part], two[part], part)
     for name in one["state"]:
-        if not name.endswith("_seconds"):
+        if not name.endswith("_seconds") and not (changed and name == "changes"):
             assert one["state"][name] == two["state"][name], name
 
 

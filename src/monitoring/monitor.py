@@ -3,6 +3,7 @@
 `run` is train_improved.Run, with every default of its configuration decided.
 """
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -150,13 +151,16 @@ class Monitor:
 
     def begin(self, run) -> None:
         """Tell that training begins, from where, and what is missing."""
+        if not self.active:
+            return
         cfg, step = self.cfg, self.state.step
         text = f"{cfg.model}, {cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens, on "
         text += f"{run.dist.world_size} x {summary.device_name(run.dist.device)}"
         if run.resumed_from is not None:
-            age = words.duration(time.time() - run.resumed_from.stat().st_mtime)
-            text += f"; from step {step:,} of {run.resumed_from}, saved {age} ago: what came after "
-            text += "it is done again"
+            text += f"; from step {step:,} of {run.resumed_from}"
+            with contextlib.suppress(OSError):  # it may be on another machine's disk
+                age = words.duration(time.time() - run.resumed_from.stat().st_mtime)
+                text += f", saved {age} ago: what came after it is done again"
         self.outside.start("resumed" if run.resumed_from else "started", text, step)
         if not run.hellaswag_items and cfg.hellaswag_freq:
             self.say(
