@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+COUNTS = (*TORCHRUN, "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+OWN_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # "True": asked for its store, even by one process
+VARIABLES = (*COUNTS, "MASTER_ADDR", "MASTER_PORT", OWN_STORE)
 # From here on: steps that are no parallel program, the batch script or an interactive shell.
 SPECIAL_STEPS = 0xFFFFFFF0
 PORTS = range(15_000, 30_000)  # below those that the system hands out by itself
@@ -87,11 +90,11 @@ def tasks_of_this_node(env) -> int | None:
 def check_environment(env) -> None:
     """Raise ValueError for launcher's variables that do not fit together: a sentence instead of a
     wait for processes that never come. Empty ones count as not set, and are removed."""
-    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"):
+    for name in VARIABLES:
         if not env.get(name, "x"):
             del env[name]
-    unset = "; start with torchrun, or unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"
-    numbers = {name: env[name] for name in TORCHRUN if name in env}
+    unset = f"; start with torchrun, or unset {' '.join(VARIABLES)}"
+    numbers = {name: env[name] for name in COUNTS if name in env}
     for name, value in numbers.items():
         if not value.isdecimal():
             raise ValueError(f"{name}={value} in the environment is no number{unset}")
@@ -100,13 +103,15 @@ def check_environment(env) -> None:
         if int(numbers.get(name, 0)) >= world_size:
             raise ValueError(
                 f"{name}={numbers[name]} in the environment, with WORLD_SIZE "
-                f"{numbers.get('WORLD_SIZE', 'not set')}: left over from another start?{unset}"
+                f"{numbers.get('WORLD_SIZE', 'not set')}, is left over from another start{unset}"
             )
-    if world_size == 1:
+    torchrun = env.get(OWN_STORE) == "True"
+    if world_size == 1 and not torchrun:
         return
+    told = f"{OWN_STORE}=True" if torchrun else f"WORLD_SIZE={world_size}"
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in env:
-            raise ValueError(f"WORLD_SIZE={world_size} in the environment, but no {name}{unset}")
+            raise ValueError(f"{told} in the environment, but no {name}{unset}")
     if not (env["MASTER_PORT"].isdecimal() and 0 < int(env["MASTER_PORT"]) < 65_536):
         raise ValueError(f"MASTER_PORT={env['MASTER_PORT']} is no port from 1 to 65535{unset}")
 
