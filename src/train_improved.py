@@ -816,6 +816,8 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
         run.train_data, windows, dist.rank, dist.world_size, dist.device, run.state.position
     )
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
+    if dist.device.type == "cuda":
+        torch.accelerator.reset_peak_memory_stats(dist.device)  # not of the trial
     monitor = Monitor(run, peak, addresses)
     saver = None
     content = checkpoint_of(run)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import train_improved as ti
-from conftest import SCRIPT, run
+from conftest import ROOT, SCRIPT, run
+from monitoring import summary
 from test_training import checkpoint, logged
 
 
@@ -195,3 +196,7 @@ def test_compile_trouble_falls_back_or_is_an_error(monkeypatch, capsys):
     capsys.readouterr()
     assert machine.compiled(model, ids, contextlib.nullcontext, asked=None) == (model, False)
     assert capsys.readouterr().out.count("WARNING torch.compile does not work here") == 1
+
+
+def test_the_pinned_pytorch_is_the_one_of_the_requirements():
+    assert f"torch=={summary.PINNED_TORCH}\n" in (ROOT / "requirements.txt").read_text()

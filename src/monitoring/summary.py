@@ -32,6 +32,9 @@ def watching(cfg) -> str:
     return f"tensorboard --logdir={shlex.quote(cfg.tensorboard_dir)} and {address}"
 
 
+PINNED_TORCH = "2.13.0"  # as in requirements.txt
+
+
 def plan(run) -> str:
     """The start-up summary: what will happen, in the order in which a person would check it."""
     cfg, dist, data = run.cfg, run.dist, run.train_data
@@ -63,7 +66,8 @@ def plan(run) -> str:
         f"{decay(cfg)} to {cfg.min_lr:g}",
         "optimizer": f"{optimizer(cfg)}, weight decay {cfg.weight_decay} on matrices, "
         f"gradient norm clipped at {cfg.grad_clip:g}, seed {cfg.seed}",
-        "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}; "
+        "machine": f"{dist.world_size} x {device_name(dist.device)}, {cfg.dtype}, {mode}, "
+        f"PyTorch {torch.__version__}{other_torch()}; "
         f"about {memory / 1e9:.1f} GB of memory per process"
         + (f" and {file_bytes / 1e9:.1f} GB for the copy that is saved" if on_cpu else "")
         + (f" ({step_memory.of_run(run, not cfg.shard) / 1e9:.1f} GB " if several else "")
@@ -80,6 +84,14 @@ def plan(run) -> str:
     if cfg.use_tensorboard:
         rows["watch"] = watching(cfg)
     return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def other_torch() -> str:
+    """Return what to know of another PyTorch than the pinned one, else nothing."""
+    found = torch.__version__.split("+")[0]
+    if found == PINNED_TORCH:
+        return ""
+    return f" (pinned is {PINNED_TORCH}: numbers may differ in rounding)"
 
 
 def decay(cfg) -> str:

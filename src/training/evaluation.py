@@ -33,7 +33,7 @@ def validation_loss(
         poll()
         with reading():
             windows = run.val_data.windows_in_order(mine[start : start + batch_size])
-        batch = torch.from_numpy(windows.astype(np.int64)).to(dist.device)
+        batch = scoring.to_device(windows.astype(np.int64), dist.device)
         with torch.inference_mode(), run.autocast():
             x_NC = run.model.features(batch[:, :-1]).view(-1, cfg.n_embd)
             targets = batch[:, 1:].reshape(-1)

@@ -222,8 +222,8 @@ def score(
             if poll is not None:
                 poll()
             inputs, predictions = _pack([fitted[i][:2] for i in batch], T)
-            idx, positions, segments = _to_device(inputs, device)
-            rows, targets = _to_device(predictions, device)
+            idx, positions, segments = to_device(inputs, device)
+            rows, targets = to_device(predictions, device)
             x_BTC = model.features(idx, positions, _tree_mask(segments))
             x_NC = x_BTC.flatten(0, 1)[rows]
             losses.append(next_token_losses(x_NC, weight, targets))
@@ -286,7 +286,7 @@ def _pack(items: Sequence[tuple[list[int], list[list[int]]]], T: int):
     return inputs, np.array([rows, targets])
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
         tensor = tensor.pin_memory()
