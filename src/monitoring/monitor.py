@@ -100,6 +100,7 @@ class Monitor:
             disable=not self.has_bar,
         )
         self.recent_seconds = deque(maxlen=100)  # of steps: the time that is left is not their last
+        self.micro_batch_size = cfg.micro_batch_size
         self.outside, self.best_hellaswag = NoLog(), state.hellaswag
         if not self.active:
             return
@@ -112,13 +113,13 @@ class Monitor:
         elsewhere = run.resumed_from is not None and not run.resumes_own_name
         if cfg.log_jsonl:
             self.json_lines = jsonl_log.JsonLinesLog(
-                self.folder / "metrics.jsonl", first_step, self.say, new_timeline=elsewhere
+                self.folder / "metrics.jsonl", first_step, self.of_log, new_timeline=elsewhere
             )
         if cfg.use_tensorboard:
             from monitoring.tensorboard_log import TensorBoardLog  # not loaded without the flag
 
             self.tensorboard = TensorBoardLog(
-                self.folder, first_step, self.say, new_timeline=elsewhere
+                self.folder, first_step, self.of_log, new_timeline=elsewhere
             )
             charts = {
                 # tags are regular expressions there: without $ validation brings validation_best
@@ -176,6 +177,11 @@ class Monitor:
         """Take a word from what runs behind the loop; a warning is told, too."""
         self.tell("not saved", text) if text.startswith("WARNING") else self.say(text)
 
+    def of_log(self, text: str) -> None:
+        """Take a word from a log: that it stopped at a full disk, and that it is back, is told."""
+        paused = " stopped (" in text or " is back " in text
+        self.tell("logging", text) if paused else self.say(text)
+
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.tensorboard.scalars(values, step)
         self.json_lines.scalars(values, step)
@@ -215,6 +221,10 @@ class Monitor:
         if not self.active:
             return
         self.recent_seconds.append(seconds)
+        if cfg.micro_batch_size != self.micro_batch_size:
+            text = f"--micro_batch_size {self.micro_batch_size} did not fit, now it is "
+            self.outside.tell("out of memory", f"{text}{cfg.micro_batch_size}", state.step)
+            self.micro_batch_size = cfg.micro_batch_size
         rate = cfg.total_batch_size / seconds
         mfu = rate * self.flops_per_token / self.peak_flops
         left = (cfg.max_steps - state.step) * statistics.median(self.recent_seconds)
