@@ -82,7 +82,7 @@ class Monitor:
     COLUMNS = ("max_lr", "max_steps", "model", "optimizer", "total_batch_size")  # HParams at first
     POSITIONS = 8  # parts of the context in Loss_by_Position
     LINE_EVERY = 10  # steps between lines where there is no progress bar
-    BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {postfix}"  # fits into 80 columns
+    BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}"  # fits into 80 columns
 
     def __init__(self, run, peak_flops: float, addresses: notify.Addresses):
         cfg, state = run.cfg, run.state
