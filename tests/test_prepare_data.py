@@ -573,7 +573,8 @@ def test_standard_input_goes_on_and_must_be_the_same(tmp_path):
     done = subprocess.run(**command(*flags, "--out", out), input=data[:1000] + b" " + data[1000:])
     assert done.returncode == 2 and b"standard input" in done.stderr
     for name in before.keys() - {".prepare/.lock", ".prepare/head.bin"}:
-        assert content(out)[name] == before[name]
+        if ".tmp-" not in name:  # what the killed one was writing is swept
+            assert content(out)[name] == before[name]
     assert "going on from" in prepare(*flags, "--out", out, input=data)
     assert np.array_equal(stream(out), recount(documents))
 
