@@ -17,6 +17,7 @@ import export
 import sample
 import train_improved as ti
 from conftest import ROOT, environment, run
+from runtime.flags import parse_flags
 from tokens import shards, tokenizer
 from tokens.tokenizer import EOT
 from training import generation
@@ -383,3 +384,10 @@ def test_help_comes_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "src"
     )
     assert done.returncode == 0 and "--top_p" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [["It was the", "best"], ["It was the best"]])
+def test_a_prompt_is_the_words_as_typed(words):
+    """Several words are joined by blanks; nothing of them is quoted or taken for a home folder."""
+    read = parse_flags(sample.Options, "", ["--prompt", *words, "~"])
+    assert read["prompt"] == "It was the best ~"

@@ -200,13 +200,19 @@ def words(values: dict, config_class) -> list[str]:
 
 
 def _as_text(field, value):
-    """Join several words to one text, as a shell would have them, and put in home folders."""
-    home = inputs.path if field.metadata["path"] else str
+    """Join several words to one text, and put in home folders where they are paths.
+
+    Paths and what may be given again are kept as words of a shell, other texts as they were typed.
+    """
+    meta = field.metadata
     if isinstance(value, list) and len(value) > 1:
-        return shlex.join(map(home, value))
-    if isinstance(value, list) or field.metadata["several"]:
-        return inputs.paths("".join(value))
-    return home(value) if isinstance(value, str) else value
+        if not meta["path"] and meta["several"] != "again":
+            return " ".join(value)
+        return shlex.join(map(inputs.path if meta["path"] else str, value))
+    value = value[0] if isinstance(value, list) else value
+    if not meta["path"] or not isinstance(value, str):
+        return value
+    return inputs.paths(value) if meta["several"] else inputs.path(value)
 
 
 def _choice(choices):
