@@ -59,7 +59,12 @@ class Distributed:
         timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # also of a process that is alone now
             address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-            self.board = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+            with saying_every_minute(
+                f"rank {self.rank} waits for torchrun's store at {address}:{port}"
+            ):
+                self.board = torch.distributed.TCPStore(
+                    address, port, is_master=False, timeout=timeout
+                )
         if self.world_size > 1:
             with saying_every_minute(f"rank {self.rank} waits for the others to start"):
                 store = self._meet(timeout)
