@@ -245,7 +245,7 @@ class Monitor:
             "Training/rollbacks": state.rollbacks,
         }
         if run.dist.device.type == "cuda":
-            values["Performance/memory_gb"] = torch.accelerator.max_memory_allocated() / 1e9
+            values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         warnings = self.health.step(loss, norm, bad, lr, seconds, norms)
         if norms and not bad:
             ratios = self.health.layer_ratios(norms)
