@@ -21,7 +21,6 @@ import queue
 import re
 import shlex
 import socket
-import statistics
 import subprocess
 import tempfile
 import threading
@@ -29,7 +28,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -355,33 +354,33 @@ def check_url(flag: str, url: str) -> str:
 
 
 class Slowdown:
-    """Notices that steps take half as long again as they used to, for ten minutes."""
+    """Notices tokens/s down by a third for ten minutes, and when that is over.
+
+    The mean of ten minutes counts, not the typical step: a machine that does nothing now and then
+    is slow as well.
+    """
 
     WINDOW = 600.0  # seconds of training
-    FACTOR = 1.5  # tokens/s down by a third
+    DOWN = 2 / 3  # of the best ten minutes
 
     def __init__(self):
-        self._window: deque[float] = deque()  # seconds of the steps of the last ten minutes
-        self._total = 0.0
-        self._best: float | None = None  # the lowest median of a window so far
-        self._on = False
+        self._seconds, self._steps, self._best, self._on = 0.0, 0, 0.0, False
 
     def step(self, seconds: float) -> str | None:
         """Take a step into account; return a sentence when a slowdown begins or ends."""
-        self._window.append(seconds)
-        self._total += seconds
-        if self._total < self.WINDOW:
+        self._seconds += seconds
+        self._steps += 1
+        if self._seconds < self.WINDOW:
             return None
-        typical = statistics.median(self._window)
-        self._best = typical if self._best is None else min(self._best, typical)
-        self._window.clear()
-        self._total = 0.0
-        slow = typical >= self.FACTOR * self._best
+        rate = self._steps / self._seconds
+        self._seconds, self._steps = 0.0, 0
+        self._best = max(self._best, rate)
+        slow = rate <= self.DOWN * self._best
         if slow == self._on:
             return None
         self._on = slow
-        what = "a step takes" if slow else "over, a step takes"
-        return f"{what} {typical / self._best:.1f} times its usual time, over ten minutes"
+        what = "tokens/s are" if slow else "over, tokens/s are"
+        return f"{what} {rate / self._best:.0%} of the best so far, over the last ten minutes"
 
 
 @dataclass
