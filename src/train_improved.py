@@ -794,7 +794,7 @@ def program(command: flags.CommandLine) -> instead.Program:
     return instead.Program(command, Config, plan, resolve, *data, *tried)
 
 
-def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
+def build(run: Run, checkpoint: dict | None, outside: notify.Outside):
     """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
@@ -818,7 +818,7 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     if dist.device.type == "cuda":
         torch.accelerator.reset_peak_memory_stats(dist.device)  # not of the trial
-    monitor = Monitor(run, peak, addresses)
+    monitor = Monitor(run, peak, outside)
     saver = None
     content = checkpoint_of(run)
     if dist.is_main:
@@ -831,12 +831,12 @@ def main(command: flags.CommandLine | None = None) -> int:
     """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
     command, dist = command or read_flags(), None
     try:
-        addresses = notify.take_addresses(command.typed, command.in_file)
+        outside = notify.Outside(command.typed, command.in_file)
         flags_now = command.values()
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return doctor.examine(program(command), addresses)
+            return doctor.examine(program(command), outside)
         if flags_now.get("print_config"):
             instead.print_config(program(command))
             return 0
@@ -849,7 +849,7 @@ def main(command: flags.CommandLine | None = None) -> int:
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
         dist.remember(run.cfg.run_name)
-        train_model, loader, saver, monitor = build(run, checkpoint, addresses)
+        train_model, loader, saver, monitor = build(run, checkpoint, outside)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
         if dist is not None and dist.peers is not None:

@@ -84,7 +84,7 @@ class Monitor:
     LINE_EVERY = 10  # steps between lines where there is no progress bar
     BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}"  # fits into 80 columns
 
-    def __init__(self, run, peak_flops: float, addresses: notify.Addresses):
+    def __init__(self, run, peak_flops: float, outside: notify.Outside):
         cfg, state = run.cfg, run.state
         self.cfg, self.state, self.active = cfg, state, run.dist.is_main
         self.peak_flops = peak_flops * run.dist.world_size
@@ -104,7 +104,8 @@ class Monitor:
         self.outside, self.best_hellaswag = NoLog(), state.hellaswag
         if not self.active:
             return
-        self.outside = notify.Outside(addresses, cfg.run_name, self.say)
+        self.outside = outside
+        outside.open(cfg.run_name, self.say)
         self.health = health.Health(run, summary.speed_depends_on(run))
         self.meter = energy.EnergyMeter(run.dist.device)
         self.folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
