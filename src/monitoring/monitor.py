@@ -286,9 +286,14 @@ class Monitor:
             return
         values = {}
         if by_position is not None:
+            line.append(f"validation loss {state.validation_loss:.4f}")
+        # Random weights always score ln(vocabulary). As the first point of a chart that is smoothed
+        # over points, it would hold the curve far above the training loss for five evaluations.
+        if by_position is not None and (state.step or cfg.init_from):
             values["Loss/validation"] = state.validation_loss
             values["Loss/validation_best"] = state.best_loss
-            line.append(f"validation loss {state.validation_loss:.4f}")
+            if state.validation_loss == state.best_loss:
+                self.outside.best("validation loss", state.step, state.best_loss)
             for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
                 name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
                 values[f"Loss_by_Position/{name}"] = float(by_position[part].mean())
@@ -296,8 +301,6 @@ class Monitor:
         if scored:
             values["Evaluation/hellaswag_accuracy"] = state.hellaswag
             line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
-        if by_position is not None and state.validation_loss == state.best_loss:
-            self.outside.best("validation loss", state.step, state.best_loss)
         if scored and state.hellaswag > self.best_hellaswag:
             self.best_hellaswag = state.hellaswag
             self.outside.best("HellaSwag", state.step, state.hellaswag)
