@@ -187,6 +187,20 @@ def test_a_command_line_is_redacted():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "cmd: TOKEN=hunter2 curl x",
+        "cmd: echo>/hunter2",
+        "cmd: a/hunter2/send",
+        "$A/hunter2",
+        "hunter2",
+    ],
+)
+def test_no_part_that_may_be_a_secret_is_printed(target):
+    assert "hunter2" not in notify.redacted(target)
+
+
 def test_heartbeats_come_once_a_minute_and_in_each_service_s_words(server):
     service, now = server(), [0.0]
     url = f"http://127.0.0.1:{service.port}/ping/abc"

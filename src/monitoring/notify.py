@@ -9,7 +9,7 @@ facts in its environment: NOTIFY_EVENT, NOTIFY_TITLE, NOTIFY_RUN, NOTIFY_STEP. `
 the environment. An address often is a password, so nothing but its beginning is ever printed or
 written anywhere.
 
-Training never waits: a thread takes messages from a short queue. A service that hangs, refuses or
+Training never waits: threads take messages from short queues. A service that hangs, refuses or
 answers with an error costs a line in the log now and then.
 """
 
@@ -21,7 +21,6 @@ import re
 import shlex
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -29,15 +28,16 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 
 # --- Targets and their secrets --------------------------------------------------------------------
 
-COMMAND = re.compile(r"cmd:\s+(.+)", re.S)
+COMMAND, VARIABLE = re.compile(r"cmd:\s+(.+)", re.S), re.compile(r"\$\{?(\w+)\}?")
 
 
 def revealed(flag: str, target: str) -> str:
     """Return the target, or the value of the variable if it is `$NAME`; ValueError if unset."""
-    name = re.fullmatch(r"\$\{?(\w+)\}?", target)
+    name = VARIABLE.fullmatch(target)
     if not name:
         return target
     if not os.environ.get(name[1]):
@@ -47,10 +47,11 @@ def revealed(flag: str, target: str) -> str:
 
 def redacted(target: str) -> str:
     """Return as much of a target as anyone may read: `$NAME`, or how it begins."""
-    if target.startswith("$"):
+    if VARIABLE.fullmatch(target):
         return target
     if command := COMMAND.fullmatch(target):
-        return f"cmd: {os.path.basename(command[1].split()[0])} ..."
+        program = re.match(r"([\w./-]+)\s", command[1] + " ")  # and not TOKEN=secret before it
+        return f"cmd: {os.path.basename(program[1])} ..." if program else "cmd: ..."
     scheme, colon, _ = target.partition("://")
     return f"{scheme}://..." if colon else "..."
 
@@ -90,7 +91,6 @@ def split_targets(text: str) -> list[str]:
 
 
 # --- Messages -------------------------------------------------------------------------------------
-
 
 Draw = Callable[[str], None]  # writes a PNG to a path
 
@@ -152,7 +152,7 @@ def apprise_sender(about: str, address: str) -> Send:
             f"{about}: Apprise knows no service of this address; see "
             "https://github.com/caronc/apprise/wiki"
         )
-    service.request_rate_per_sec = 0  # the Notifier's own rate is lower
+    service.request_rate_per_sec = 0  # ours is lower
 
     def send(message: Message) -> None:
         words = {"title": message.title, "body": message.text}
@@ -161,9 +161,7 @@ def apprise_sender(about: str, address: str) -> Send:
             # Without its picture, if /tmp is full or nothing can draw, a message still is one.
             with contextlib.suppress(Exception):
                 if message.draw and service.attachment_support:
-                    file = stack.enter_context(
-                        tempfile.NamedTemporaryFile(prefix="loss-", suffix=".png")
-                    )
+                    file = stack.enter_context(NamedTemporaryFile(prefix="loss-", suffix=".png"))
                     message.draw(file.name)
                     words["attach"] = file.name
             if not service.notify(**words):
@@ -202,9 +200,8 @@ class Sender:
 
     def close(self, seconds: float) -> None:
         """Give what waits a few seconds to leave."""
-        until = time.monotonic() + seconds
         self.put(None, seconds)
-        self._thread.join(max(0.0, until - time.monotonic()))
+        self._thread.join(seconds)
 
     def _work(self, name: str, send: Callable, announce: Callable[[str], None]) -> None:
         failures = 0
@@ -269,11 +266,13 @@ class Heartbeat:
         if "/api/push/" in parts.path:
             query = dict(urllib.parse.parse_qsl(parts.query)) | {"msg": event}
             query["status"] = "down" if event == "fail" else "up"
-            return urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(query)))
-        if parts.hostname == "hc-ping.com" or "/ping/" in parts.path:
-            ending = {"start": "/start", "fail": "/fail"}.get(event, "")
-            return urllib.parse.urlunsplit(parts._replace(path=parts.path.rstrip("/") + ending))
-        return None if event in ("start", "fail") else self.url
+            parts = parts._replace(query=urllib.parse.urlencode(query))
+        elif parts.hostname == "hc-ping.com" or "/ping/" in parts.path:
+            ending = f"/{event}" if event in ("start", "fail") else ""
+            parts = parts._replace(path=parts.path.rstrip("/") + ending)
+        elif event in ("start", "fail"):
+            return None
+        return parts.geturl()
 
     def _ping(self, event: str, seconds: float = 0.0) -> None:
         if self._sender and (address := self.address(event)):
@@ -389,7 +388,7 @@ class Outside:
         self._held: Counter = Counter()  # counted since the last message
         self._digest, self._spacing = clock(), 1
         self._losses: list[tuple[int, float]] = []
-        self._best: dict[str, tuple[int, float]] = {}
+        self._best: dict[str, str] = {}  # what became best since the last digest
 
     def tell(self, event: str, text: str, step: int, draw: Draw | None = None) -> None:
         """Send a message, or count it. Never waits, never raises."""
@@ -419,24 +418,19 @@ class Outside:
         self.heartbeat.step()
         if news := self.slowdown.step(seconds):
             self.tell("slow", news, step)
-        if step % self._spacing == 0 and math.isfinite(
-            loss
-        ):  # for the chart: every loss, later every second, fourth ...
+        if step % self._spacing == 0 and math.isfinite(loss):
             self._losses.append((step, loss))
-        if len(self._losses) > self.POINTS:
+        if len(self._losses) > self.POINTS:  # from now on every second, fourth ... loss
             self._losses, self._spacing = self._losses[::2], 2 * self._spacing
         if self._clock() - self._digest >= self._every:
             self._digest, losses = self._clock(), list(self._losses)
-            bests = [
-                f"new best {name}: {v:.4f} at step {s:,}" for name, (s, v) in self._best.items()
-            ]
+            text = "\n".join([numbers(), *self._best.values()])
             self._best.clear()
-            text = "\n".join([numbers(), *bests])
             self.tell("digest", text, step, lambda path: draw_losses(losses, path))
 
     def best(self, name: str, step: int, value: float) -> None:
         """Keep a new best value for the next digest."""
-        self._best[name] = (step, value)
+        self._best[name] = f"new best {name}: {value:.4f} at step {step:,}"
 
     def end(self, event: str, text: str, step: int, well: bool) -> None:
         """Tell how it ended; wait a few seconds for that, and no longer."""
