@@ -44,7 +44,7 @@ PRESETS = {
 # The reference run (GPT-3 paper, table 2.1, for the learning rates), and a run for a laptop.
 REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4}
 REFERENCE |= {"eval_freq": 250, "val_tokens": 2_097_152}
-TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 3e-3}
+TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 2e-3}
 TRAINING = {
     "tiny": TINY | {"eval_freq": 50, "val_tokens": 16_384},
     "gpt2": REFERENCE,
@@ -118,7 +118,7 @@ class Config:
         "adamw, or muon on the matrices inside the blocks and adamw on the rest",
         group="optimizer", choices=("adamw", "muon"))
     max_lr: float | None = flag(None,
-        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+        "peak learning rate [6e-4 for gpt2; tiny 2e-3; a tenth with --init_from]",
         above=0, derived_from="model")
     min_lr: float | None = flag(None,
         "learning rate of the last step [cosine a tenth of max_lr, else 0]",
