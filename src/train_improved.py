@@ -150,11 +150,11 @@ class Config:
         group="evaluation", derived_from="model data_dir", learned=False)
     val_tokens: int | None = flag(None, "validation tokens read each time [2097152; tiny 16384]",
         least=1, derived_from="model data_dir", learned=False)
-    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [--eval_freq if given, or 250]",
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [as sample_freq]",
         derived_from="eval_freq", learned=False)
     hellaswag_file: str = flag("data/hellaswag/hellaswag_val.jsonl",
         "HellaSwag items as JSON lines", path=True, learned=False)
-    sample_freq: int | None = flag(None, "steps between text samples [--eval_freq if given, or 250]",
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq if given, or 250]",
         derived_from="eval_freq", learned=False)
     sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from",
         learned=False)
@@ -276,7 +276,7 @@ def resolve_model(cfg: Config, device: str) -> None:
     recipe = RECIPES[cfg.recipe]
     # --init_from: what is learned already is easily lost
     rate = defaults["max_lr"] * recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)
-    defaults["max_lr"] = float(f"{rate:.6g}")  # 0.0018, not 0.0017999999999999998
+    defaults["max_lr"] = float(f"{rate:.6g}")  # 6e-05, not 5.9999999999999995e-05
     if "max_steps" in defaults:
         defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
     if "epochs" in defaults:
