@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, SMALL, environment, run, start
 from monitoring import notify
 from monitoring.monitor import Monitor
-from runtime import flags
+from runtime.flags import words as words_of
 from train_improved import Config
 
 FAULTY = ROOT / "tests" / "faulty.py"
@@ -194,7 +194,7 @@ def test_the_command_that_resumes_names_variables_and_not_what_is_in_them(monkey
     typed = {"notify": "$NTFY ${NTFY}", "seed": 1}
     notify.Outside(typed, {})
     words = ["--seed", "1", "--notify", "$NTFY", "--notify", "${NTFY}"]
-    assert flags.words(typed, Config) == words
+    assert words_of(typed, Config) == words
 
 
 @pytest.mark.parametrize(
