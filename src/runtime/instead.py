@@ -33,7 +33,7 @@ class Program:
 
     @property
     def flags(self):
-        """A configuration of the flags given, undecided."""
+        """Return a configuration of the flags given, undecided."""
         return self.config_class(**self.command.values())
 
     def plan(self, **changes):
