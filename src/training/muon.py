@@ -118,9 +118,9 @@ class MuonAdamW(torch.optim.Optimizer):
             yield everything[start : start + p.numel()].view_as(p)
 
     def _sharded_updates(self, matrices):
-        """Yield this process's rows of the updates, where each has some rows of each matrix: as many
-        matrices as there are processes are put together at a time, each process orthogonalizes
-        one of them and gives out its rows."""
+        """Yield this process's rows of the updates, where each has some rows of each matrix: as
+        many matrices as there are processes are put together at a time, each process
+        orthogonalizes one of them and gives out its rows."""
         for start in range(0, len(matrices), self.world_size):
             some, updates = matrices[start : start + self.world_size], []
             for rank, (p, group) in enumerate(some):
