@@ -44,7 +44,7 @@ PRESETS = {
 # The reference run (GPT-3 paper, table 2.1, for the learning rates), and a run for a laptop.
 REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4}
 REFERENCE |= {"eval_freq": 250, "val_tokens": 2_097_152}
-TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 3e-3}
+TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 2e-3}
 TRAINING = {
     "tiny": TINY | {"eval_freq": 50, "val_tokens": 16_384},
     "gpt2": REFERENCE,
@@ -118,7 +118,7 @@ class Config:
         "adamw, or muon on the matrices inside the blocks and adamw on the rest",
         group="optimizer", choices=("adamw", "muon"))
     max_lr: float | None = flag(None,
-        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+        "peak learning rate [6e-4 for gpt2; tiny 2e-3; a tenth with --init_from]",
         above=0, derived_from="model")
     min_lr: float | None = flag(None,
         "learning rate of the last step [cosine a tenth of max_lr, else 0]",
@@ -150,11 +150,11 @@ class Config:
         group="evaluation", derived_from="model data_dir", learned=False)
     val_tokens: int | None = flag(None, "validation tokens read each time [2097152; tiny 16384]",
         least=1, derived_from="model data_dir", learned=False)
-    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq, or 250]",
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [as sample_freq]",
         derived_from="eval_freq", learned=False)
     hellaswag_file: str = flag("data/hellaswag/hellaswag_val.jsonl",
         "HellaSwag items as JSON lines", path=True, learned=False)
-    sample_freq: int | None = flag(None, "steps between text samples [eval_freq, or 250]",
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq if given, or 250]",
         derived_from="eval_freq", learned=False)
     sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from",
         learned=False)
@@ -276,7 +276,7 @@ def resolve_model(cfg: Config, device: str) -> None:
     recipe = RECIPES[cfg.recipe]
     # --init_from: what is learned already is easily lost
     rate = defaults["max_lr"] * recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)
-    defaults["max_lr"] = float(f"{rate:.6g}")  # 0.009, not 0.009000000000000001
+    defaults["max_lr"] = float(f"{rate:.6g}")  # 6e-05, not 5.9999999999999995e-05
     if "max_steps" in defaults:
         defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
     if "epochs" in defaults:
@@ -794,7 +794,7 @@ def program(command: flags.CommandLine) -> instead.Program:
     return instead.Program(command, Config, plan, resolve, *data, *tried)
 
 
-def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
+def build(run: Run, checkpoint: dict | None, outside: notify.Outside):
     """Make what a planned run trains with; return (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
@@ -818,7 +818,7 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     if dist.device.type == "cuda":
         torch.accelerator.reset_peak_memory_stats(dist.device)  # not of the trial
-    monitor = Monitor(run, peak, addresses)
+    monitor = Monitor(run, peak, outside)
     saver = None
     content = checkpoint_of(run)
     if dist.is_main:
@@ -831,12 +831,12 @@ def main(command: flags.CommandLine | None = None) -> int:
     """Return 0: finished as asked, 2: wrong input, 128 + signal: stopped and saved, 1: a fault."""
     command, dist = command or read_flags(), None
     try:
-        addresses = notify.take_addresses(command.typed, command.in_file)
+        outside = notify.Outside(command.typed, command.in_file)
         flags_now = command.values()
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return doctor.examine(program(command), addresses)
+            return doctor.examine(program(command), outside)
         if flags_now.get("print_config"):
             instead.print_config(program(command))
             return 0
@@ -849,7 +849,7 @@ def main(command: flags.CommandLine | None = None) -> int:
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
         dist.remember(run.cfg.run_name)
-        train_model, loader, saver, monitor = build(run, checkpoint, addresses)
+        train_model, loader, saver, monitor = build(run, checkpoint, outside)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
         if dist is not None and dist.peers is not None:
