@@ -38,11 +38,11 @@ under "counts"):
 Nothing is published when more than --allow_skipped of the documents, bytes or characters could not
 be used: the exit code is 2, and the reasons are said.
 
-How it works. The source is cut into units of about 2 MiB of text, always in the same way. Worker
-processes read and tokenize units (where a file cannot be entered in the middle, the main process
-reads and hands them the content) and send the tokens back; the main process puts them in order and
-writes shards. A journal in DIR/.prepare says which shards are finished: after kill -9 the same
-command goes on behind them, and the result does not depend on the number of workers. Memory,
+How it works. The main process reads the source and cuts it into units of about 2 MiB of text, always
+in the same way. Worker processes tokenize them (and unpack Parquet's row groups) and send the
+tokens back; the main process puts these in order and writes shards. A journal in DIR/.prepare says
+which shards are finished: after kill -9 the same command goes on behind them, and the result does
+not depend on the number of workers. Memory,
 however large the corpus: at most 0.3 GB in each process, three times a shard (0.6 GB at the default
 size), and ten times the longest document.
 
