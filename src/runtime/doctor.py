@@ -347,38 +347,19 @@ def check_ports(report: Report) -> None:
 
 
 def check_speed(report: Report, program: Program, run) -> None:
-    """Measure training steps: time and cost of the plan and, with GPT-2 124M, of the reference."""
-    speed = measure(report, program, run, "speed")
-    if speed is not None:
-        report_duration(report, "this plan", run, *speed)
-    shape = {name: getattr(run.cfg, name) for name in ("n_layer", "n_embd", "seq_len")}
-    if not shape.items() <= program.reference.items():
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                run = reference_run(program, run)
-        except (ValueError, OSError) as error:
-            report.note("reference", str(error))
-            return
-        if warning := summary.memory_warning(run):
-            report.note("reference", f"GPT-2 124M: {warning}")
-            return
-        speed = measure(report, program, run, "reference")
-    if speed is not None:
-        run.cfg.max_steps = REFERENCE_STEPS
-        run.cfg.total_batch_size = program.reference["total_batch_size"]
+    """Measure training steps; say what the plan takes and, with GPT-2 124M, the reference run."""
+    cfg, speed = run.cfg, measure(report, program, run)
+    if speed is None:
+        return
+    report_duration(report, "this plan", run, *speed)
+    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_embd", "seq_len")}
+    if shape.items() <= program.reference.items():
+        cfg.max_steps = REFERENCE_STEPS
+        cfg.total_batch_size = program.reference["total_batch_size"]
         report_duration(report, "reference", run, *speed)
 
 
-def reference_run(program: Program, run):
-    """Return the plan of GPT-2 124M on this machine."""
-    flags = program.reference | {"data_dir": run.cfg.data_dir, "max_steps": REFERENCE_STEPS}
-    flags |= {"resume": None, "decay_from": None}
-    if run.dist.device.type == "cpu":
-        flags["micro_batch_size"] = 1
-    return program.plan(**flags)
-
-
-def measure(report: Report, program: Program, run, name: str) -> tuple[float, float] | None:
+def measure(report: Report, program: Program, run) -> tuple[float, float] | None:
     """Measure and report tokens/s without evaluation, logging and saving. Return them and the watts
     meanwhile (0 if nothing says), or None where a step fails."""
     cfg, device = run.cfg, run.dist.device
@@ -410,7 +391,7 @@ def measure(report: Report, program: Program, run, name: str) -> tuple[float, fl
         seconds += _seconds(update, device)
     except RuntimeError as error:  # most of all: out of memory
         reason = str(error).splitlines()[0][:200]
-        report.problem(name, f"a training step failed: {reason}", "--micro_batch_size 1")
+        report.problem("speed", f"a training step failed: {reason}", "--micro_batch_size 1")
         return None
     finally:
         run.model = run.optimizer = None
@@ -419,7 +400,7 @@ def measure(report: Report, program: Program, run, name: str) -> tuple[float, fl
         f"{cfg.model} ({cfg.n_layer} layers, width {cfg.n_embd}, context {cfg.seq_len}): "
         f"{rate:,.0f} tokens/s in {cfg.dtype}, measured with {len(ids)} sequence(s) a pass"
     )
-    report.add(name, text)
+    report.add("speed", text)
     return rate, watts
 
 
