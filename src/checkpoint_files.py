@@ -16,7 +16,7 @@ from checkpointing.run_folders import list_checkpoints, run_folders
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 all that is there is whole, 1 something is not, 2 wrong usage."""
+    """Return 0 if all that is there is whole, 1 if something is not, 2 for wrong usage."""
     parser = terminal.Parser(description="List checkpoints: step, loss, size, age, state.")
     parser.add_argument("dir", nargs="?", default="checkpoints", help="of all runs, or of one")
     parser.add_argument("--verify", action="store_true", help="read every file and check its sum")

@@ -36,9 +36,9 @@ class Program:
         """Return a configuration of the flags given, undecided."""
         return self.config_class(**self.command.values())
 
-    def plan(self, **changes):
-        """Return the planned run of this command, or of it with other flags; nothing is built."""
-        return self.set_up(self.command.values() | changes | {"dry_run": True})[0]
+    def plan(self):
+        """Return the planned run of this command; nothing is built."""
+        return self.set_up(self.command.values() | {"dry_run": True})[0]
 
     def new_model(self, cfg):
         """Return (model, optimizer) of a configuration."""
