@@ -51,7 +51,10 @@ class NoLog:
 
 
 class Monitor:
-    """Does nothing on ranks other than 0. `peak_flops`: what one device can do, FLOP/s."""
+    """Prints and logs what a run does; on ranks other than 0 nothing.
+
+    `peak_flops`: what one device can do, FLOP/s.
+    """
 
     # Groups and charts of the custom-scalars tab.
     LAYOUT: ClassVar = {
@@ -188,7 +191,7 @@ class Monitor:
         self.json_lines.scalars(values, step)
 
     def warnings_and_cost(self, run) -> dict[str, float]:
-        """What is logged at every check and evaluation: how many warnings are on, cost so far."""
+        """Return how many warnings are on, and the cost so far: for every check and evaluation."""
         state = run.state
         values = {
             "Health/warnings": self.health.active(timed=False),
@@ -204,7 +207,7 @@ class Monitor:
         return self.meter.take() if self.active else 0.0
 
     def print_and_log_warnings(self, warnings: list[tuple[health.Check, str]], step: int) -> None:
-        """Those about speed have a tag of their own: two equal runs differ in them."""
+        """Say warnings; log those about speed under another tag, as two equal runs differ there."""
         for check, text in warnings:
             begins = text.startswith("WARNING")
             self.tell(f"{'warning' if begins else 'over'}: {check.name}", text)
@@ -217,7 +220,7 @@ class Monitor:
         self, run, loss: float, norm: float, bad: bool, lr: float, seconds: float,
         norms: list[float],
     ) -> None:  # fmt: skip
-        """One finished step; norms of its update and of the weights at a check, else empty."""
+        """Report a finished step. norms: of its update and of the weights at a check, else []."""
         cfg, state = self.cfg, run.state
         if not self.active:
             return
@@ -280,7 +283,7 @@ class Monitor:
         return f"{text}; {rate:,.0f} tokens/s, {words.duration(left)} left"
 
     def evaluation(self, run, by_position, texts: list[str], seconds: float) -> None:
-        """What `evaluate` found at this step: validation loss (T,) or None, samples."""
+        """Report what `evaluate` found: validation loss (T,) or None, sample texts."""
         state, cfg, line = run.state, self.cfg, []
         if not self.active:
             return
@@ -317,7 +320,7 @@ class Monitor:
             self.tensorboard.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
 
     def histograms(self, model, step: int) -> None:
-        """Distributions of every weight, and of its gradient as it was applied."""
+        """Log the distributions of every weight, and of its gradient as it was applied."""
         tensors = {}
         for name, p in model.named_parameters():
             tensors[f"Parameters/{name}"] = p.detach()
@@ -334,7 +337,7 @@ class Monitor:
         return tensor.cpu() if self.active else None
 
     def rewind(self, first_step: int) -> None:
-        """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""
+        """Go on at first_step after a roll-back: what was logged beyond it disappears."""
         self.tensorboard.rewind(first_step)
         self.json_lines.rewind(first_step)
         self.bar.n = first_step - 1
