@@ -140,7 +140,7 @@ def _wrong_tokens(tokens: np.ndarray, begin: int) -> Iterator[str]:
 
 
 def _safe(text: bytes) -> str:
-    """Bytes of a corpus as one line that no terminal takes for a command."""
+    """Return bytes of a corpus as one line that no terminal takes for a command."""
     decoded = text.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
@@ -151,7 +151,7 @@ def _count(n: int, what: str) -> str:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 nothing wrong, 1 problems found, 2 wrong usage."""
+    """Return the exit code: 0 nothing wrong, 1 problems found, 2 wrong usage."""
     parser = terminal.Parser(
         description="Say what is in a folder of token shards, and what is wrong with it."
     )

@@ -34,7 +34,7 @@ from tokens.tokenizer import EOT, VOCAB_SIZE
 
 
 def model_config(shape: dict) -> dict:
-    """config.json: GPT-2 as published, without dropout (it was trained without)."""
+    """Return config.json: GPT-2 as published, without dropout (it was trained without)."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -92,7 +92,7 @@ def write_weights(path: Path, shape: dict, weights: dict) -> None:
 
 
 def tokenizer_files(seq_len: int) -> dict[str, bytes]:
-    """GPT-2's tokenizer as transformers and the tokenizers library read it."""
+    """Return GPT-2's tokenizer as transformers and the tokenizers library read it."""
     merges = tokenizer.vocabulary_file("vocab.bpe").read_bytes()
     end = tokenizer.get_tokenizer().decode([EOT])
     rules = [line.split(" ") for line in merges.decode().splitlines()[1:] if line]
@@ -245,7 +245,7 @@ MANIFEST = "export.json"
 
 def check_replaceable(out: Path) -> dict | None:
     """Return what export.json says of an export that is there, exactly as it was written; None if
-    nothing is there or an empty folder; ValueError for everything else."""
+    nothing is there or an empty folder. Raise ValueError for everything else."""
     if not out.exists() and not out.is_symlink():
         return None
     if not out.is_dir() or out.is_symlink():
@@ -277,8 +277,8 @@ def _sha256(path: Path) -> str:
 def export(path: Path, out: Path) -> tuple[dict[str, int], dict | None]:
     """Write the checkpoint in `path` as the folder `out` -> ({file: bytes}, what it replaced).
 
-    Beside `out`, as .OUT.partial, until it is complete and flushed to the disk. ValueError: not a
-    checkpoint, `out` must not be replaced, or it cannot be written (disk full ...).
+    Beside `out`, as .OUT.partial, until it is complete and flushed to the disk. Raise ValueError if
+    it is not a checkpoint, `out` must not be replaced, or cannot be written (disk full ...).
     """
     checkpoint = checkpoint_files.load(path)
     shape, weights = pretrained.from_checkpoint(checkpoint, path)

@@ -92,7 +92,7 @@ def write(
     generator,
     show: Callable[[list[Text]], None] = lambda texts: None,
 ) -> list[Text]:
-    """num_samples texts for each prompt, in the order of the prompts; `show` sees them grow."""
+    """Return num_samples texts for each prompt, in their order; `show` sees them grow."""
     lengths = [len(prompt) for prompt in prompts for _ in range(options.num_samples)]
     texts = [Text() for _ in lengths]
     for tokens in stream(
@@ -119,7 +119,7 @@ def write(
 
 
 def encode(prompt: str, seq_len: int, max_tokens: int) -> tuple[list[int], str | None]:
-    """Token ids that leave room for a text, and a sentence if the prompt was cut for that.
+    """Return token ids that leave room for a text, and a sentence if the prompt was cut for that.
 
     An empty prompt is <|endoftext|>, after which a document begins; so is that word in a prompt.
     """
@@ -137,7 +137,7 @@ def encode(prompt: str, seq_len: int, max_tokens: int) -> tuple[list[int], str |
 
 
 def load_model(options: Options):
-    """(the model that the flags mean, ready to write; sentences about where it is from)."""
+    """Return (the model that the flags mean, ready to write; sentences about where it is from)."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_improved.py, before torch
     import torch
 
@@ -167,7 +167,7 @@ def load_model(options: Options):
 
 
 def run_folder(options: Options) -> Path:
-    """Return the folder of --run_name; ValueError names the runs that there are."""
+    """Return the folder of --run_name; raise ValueError with the runs that there are."""
     if options.checkpoint is not None:
         raise ValueError("--run_name and --checkpoint both name a model: leave one out")
     folder = run_folders.run_folder(options.checkpoint_dir, options.run_name)
@@ -186,47 +186,40 @@ def run_folder(options: Options) -> Path:
 
 
 def say(text: str) -> None:
-    """Beside the texts, which go to standard output."""
+    """Print beside the texts, which go to standard output."""
     print(text, file=sys.stderr, flush=True)
 
 
-class Screen:
-    """Shows the texts one below the other, each while it is written: `show` of `write`.
+def screen(prompt: str, count: int) -> Callable[[list[Text]], None]:
+    """Return what shows the texts one below the other, each while it is written: `show` of `write`.
 
     While the first is written the others grow unseen beside it.
     """
+    shown = 0
 
-    def __init__(self, prompt: str, count: int):
-        self.prompt, self.count = prompt, count
-        self.row, self.shown = -1, 0  # the text on display, and how much of it is there
-        self._begin()
-
-    def _begin(self) -> None:
-        self.row, self.shown = self.row + 1, 0
-        if self.row < self.count:
-            title = f"--- {self.row + 1} of {self.count} ---\n" if self.count > 1 else ""
-            sys.stdout.write(title + self.prompt)
-
-    def __call__(self, texts: list[Text]) -> None:
-        while self.row < self.count:
-            text = texts[self.row]
-            sys.stdout.write(text.text[self.shown :])
-            self.shown = len(text.text)
+    def show(texts: list[Text]) -> None:
+        nonlocal shown
+        said = ""
+        for number, text in enumerate(texts, start=1):
+            said += f"--- {number} of {count} ---\n" * (count > 1) + prompt + text.text
             if text.stop is None:
                 break
-            sys.stdout.write("\n")
-            self._begin()
+            said += "\n"
+        sys.stdout.write(said[shown:])
         sys.stdout.flush()
+        shown = len(said)
         terminal.check_output()
+
+    return show
 
 
 def answer(model, prompt: str, options: Options, generator) -> None:
-    """Texts for one prompt on the screen, then a line about them on standard error."""
+    """Show the texts for one prompt, then say a line about them."""
     ids, cut = encode(prompt, model.seq_len, options.max_tokens)
     if cut:
         say(cut)
     start = time.monotonic()
-    texts = write(model, [ids], options, generator, Screen(prompt, options.num_samples))
+    texts = write(model, [ids], options, generator, screen(prompt, options.num_samples))
     say(account(texts, time.monotonic() - start, model.seq_len))
 
 
@@ -262,7 +255,7 @@ def converse(model, options: Options, generator) -> None:
 
 
 def read_prompts(path: str) -> list[tuple[int, str]]:
-    """[(line number, prompt), ...] of the lines that are not blank."""
+    """Return [(line number, prompt), ...] of the lines that are not blank."""
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
@@ -291,7 +284,7 @@ def open_out(options: Options):
 
 
 def write_file(model, prompts: list[tuple[int, str]], options: Options, generator, out) -> None:
-    """JSON lines for all prompts of a file, each batch as soon as it is complete."""
+    """Write JSON lines for all prompts of a file, each batch as soon as it is complete."""
     from tqdm import tqdm
 
     utf8 = out.encoding.lower().startswith("utf")
@@ -319,10 +312,8 @@ def write_file(model, prompts: list[tuple[int, str]], options: Options, generato
 
 
 def run(options: Options) -> None:
-    """Do what the flags ask for; ValueError for what the user has to change."""
+    """Do what the flags ask for; raise ValueError for what the user has to change."""
     check_ranges(options)
-    if options.seed >= 1 << 64:
-        raise ValueError(f"--seed {options.seed}: is at most {(1 << 64) - 1}")
     if options.top_p > 1:
         raise ValueError(f"--top_p {options.top_p}: is a share, at most 1")
     if options.file is not None and options.prompt is not None:
@@ -354,7 +345,7 @@ def run(options: Options) -> None:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 2 wrong input, 130 stopped by Ctrl-C."""
+    """Return the exit code: 0, 2 wrong input, 130 stopped by Ctrl-C."""
     description = (__doc__ or "").rsplit("\n\n", 1)[0]
     run(Options(**parse_flags(Options, description, sys.argv[1:] if argv is None else argv)))
     return 0

@@ -611,7 +611,7 @@ def test_resume_and_seek_give_the_same_batches(folder):
     assert torch.equal(next(loader), reference[17])
     assert loader.position == 144
     loader.seek(3 * 8)
-    assert torch.equal(next(iter(loader)), reference[3]) and loader.position == 32
+    assert torch.equal(next(loader), reference[3]) and loader.position == 32
     loader.seek(0, windows_per_step=16)
     assert torch.equal(loader.next_batch(), torch.cat(reference[:2])) and loader.position == 16
     assert torch.equal(loader.next_batch(), torch.cat(reference[2:4]))

@@ -3,13 +3,11 @@
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from tokens.stream import WindowSource
-
-# --- The loader -----------------------------------------------------------------------------------
 
 
 class StepLoader:
@@ -66,8 +64,8 @@ class StepLoader:
         thread.start()
 
     def next_batch(self, poll: Callable[[], None] | None = None):
-        """The next batch. While there is none yet, poll() is called five times a second; it may
-        raise. What went wrong in the thread is raised here."""
+        """Return the next batch. While there is none yet, poll() is called five times a second; it
+        may raise. What went wrong in the thread is raised here."""
         if self._error is not None:
             raise self._error
         while True:
@@ -93,9 +91,6 @@ class StepLoader:
 
     __next__ = next_batch
 
-    def __iter__(self) -> Iterator:
-        return self
-
     def close(self) -> None:
         """End the thread."""
         self._stop()
@@ -103,7 +98,7 @@ class StepLoader:
 
 
 def _read_ahead(source, first, share, stride, device, ready, stopped) -> None:
-    """The loader's thread: puts (tensor, event or None) or (exception, None) into `ready`."""
+    """Put (tensor, event or None), one after the other, or (exception, None) into `ready`."""
     import torch
 
     try:
