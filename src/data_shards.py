@@ -65,8 +65,7 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
         picks = [i * (len(pieces) - 1) // (LOOK_BLOCKS - 1) for i in range(LOOK_BLOCKS)]
         pieces = [pieces[i] for i in picks]
     seen = np.zeros(1 << 16, np.int64)
-    lengths = []
-    since = None  # tokens since the last <|endoftext|>, None where its place is unknown
+    texts = []
     accused = set()  # shards with a problem already named
     for shard, begin in pieces:
         count = min(LOOK_BLOCK, shard.tokens - begin)
@@ -76,16 +75,10 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
             if shard.path not in accused:
                 accused.add(shard.path)
                 problems.append(f"shard {shard.path}: {what}; prepare or fetch it again")
-        ends = np.flatnonzero(tokens == EOT)
-        if len(ends):
-            if everything and since is not None:
-                lengths.append(np.array([since + ends[0]]))
-            lengths.append(np.diff(ends) - 1)
-            since = len(tokens) - int(ends[-1]) - 1
-        elif since is not None:
-            since += len(tokens)
-    if everything and since:
-        lengths.append(np.array([since]))  # the last one has no <|endoftext|> after it
+        texts.append(tokens)
+    if everything:  # the last document has no <|endoftext|> after it
+        texts = [np.append(np.concatenate(texts), DTYPE.type(EOT))]
+    lengths = np.concatenate([np.diff(np.flatnonzero(text == EOT)) - 1 for text in texts])
 
     read = int(seen.sum())
     if not everything:
@@ -100,7 +93,6 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
     elif not everything:
         documents, about = round(documents / read * total), "about "
     line = f"  documents   {about}{documents:,}"
-    lengths = np.concatenate(lengths) if lengths else np.empty(0, int)
     if len(lengths):
         low, middle, high = np.quantile(lengths, (0.05, 0.5, 0.95)).astype(int).tolist()
         line += (
