@@ -17,8 +17,6 @@ from basics import inputs, terminal
 from tokens.shards import DTYPE, MANIFEST, Shard, list_shards, open_shard, verify
 from tokens.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
-# --- Looking at a folder --------------------------------------------------------------------------
-
 LOOK_BLOCK = 1 << 20  # tokens per piece that the summary reads
 LOOK_BLOCKS = 64  # pieces per split; where there are more, these are spread evenly and it says so
 ZERO_RUN = 1024  # ids 0 ("!") in a row; text never has two, since "!!" is a token of its own

@@ -31,39 +31,30 @@ from training.generation import stream
 class Options:
     """The fields are the flags; see runtime/flags.py."""
 
-    checkpoint: str | None = flag(
-        None,
+    # fmt: off
+    checkpoint: str | None = flag(None,
         "a checkpoint, a run's folder of them, a Hugging Face folder, or a model of the hub as "
-        "gpt2 [the newest under checkpoint_dir]",
-        group="model",
-    )
+        "gpt2 [the newest under checkpoint_dir]", group="model")
     run_name: str | None = flag(None, "the newest checkpoint of this run")
     checkpoint_dir: str = flag("checkpoints", "where runs save")
     device: str | None = flag(None, "cuda, cuda:1, mps or cpu [the best there is]")
-    dtype: str = flag(
-        "auto",
-        "precision; auto is bfloat16 where the device has it",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    dtype: str = flag("auto", "precision; auto is bfloat16 where the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"))
 
-    prompt: str | None = flag(
-        None,
+    prompt: str | None = flag(None,
         "what to go on from; '' begins a new document [what is piped in; on a terminal you are "
-        "asked]",
-        group="text",
-        several=True,
-    )
+        "asked]", group="text", several=True)
     file: str | None = flag(None, "a file with a prompt on each line, UTF-8; - is standard input")
     out: str | None = flag(None, "with --file: JSON lines go here, a text each [standard output]")
     num_samples: int = flag(1, "texts for each prompt", least=1)
     max_tokens: int = flag(256, "longest text, in tokens, as far as the context goes", least=1)
     temperature: float = flag(0.8, "below 1 the likely gets likelier; 0 = always the likeliest")
     top_k: int = flag(50, "only the so many likeliest tokens; 0 = all")
-    top_p: float = flag(
-        1.0, "only the likeliest tokens that have this share together; 1 = all", above=0
-    )
+    top_p: float = flag(1.0, "only the likeliest tokens that have this share together; 1 = all",
+        above=0)
     seed: int = flag(1337, "the same seed, the same texts")
     batch_size: int = flag(16, "with --file: texts written at a time", least=1)
+    # fmt: on
 
 
 class Text:
@@ -95,16 +86,9 @@ def write(
     """Return num_samples texts for each prompt, in their order; `show` sees them grow."""
     lengths = [len(prompt) for prompt in prompts for _ in range(options.num_samples)]
     texts = [Text() for _ in lengths]
-    for tokens in stream(
-        model,
-        prompts,
-        options.max_tokens,
-        generator,
-        count=options.num_samples,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-    ):
+    how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    count, longest = options.num_samples, options.max_tokens
+    for tokens in stream(model, prompts, longest, generator, count=count, **how):
         for text, length, token in zip(texts, lengths, tokens, strict=True):
             if token == EOT:
                 text.end("endoftext")
@@ -160,9 +144,7 @@ def load_model(options: Options):
     # Cast once, instead of at every product: what is read at every token is the weights.
     model = model.to(device, getattr(torch, dtype)).eval()
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(
-            f"{source}: some of its weights are not finite in {dtype}, it says nothing"
-        )
+        raise ValueError(f"{source}: some weights are not finite in {dtype}, it says nothing")
     return model, [*notes, f"{model.num_params():,} parameters, {dtype} on {device}"]
 
 

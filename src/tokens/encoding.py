@@ -9,8 +9,6 @@ import tiktoken
 
 from tokens.tokenizer import EOT, get_tokenizer
 
-# --- Tokens ---------------------------------------------------------------------------------------
-
 EOT_TEXT = "<|endoftext|>"
 NO_TOKENS = np.empty(0, np.uint16)
 BATCH = 1 << 15  # characters of text that are encoded in one call, about

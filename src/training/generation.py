@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from tokens.tokenizer import EOT
 
-# --- Generation -----------------------------------------------------------------------------------
 # The first pass reads the prompts, each later one a single token a row: keys and values of the
 # positions before it are kept. B rows, T positions, V = vocabulary.
 

@@ -62,16 +62,9 @@ def load_items(path, convention: str = "gpt2") -> list[Item]:
                         "python src/hellaswag.py --download"
                     ) from None
                 context, continuations, chars = text(record)
-                items.append(
-                    Item(
-                        ind=record["ind"],
-                        label=record["label"],
-                        context=encode(context),
-                        endings=[encode(c) for c in continuations],
-                        ending_chars=chars,
-                        exact=convention == "gpt2" or "ctx_a" in record,
-                    )
-                )
+                ind, label, endings = record["ind"], record["label"], map(encode, continuations)
+                exact = convention == "gpt2" or "ctx_a" in record
+                items.append(Item(ind, label, encode(context), [*endings], chars, exact))
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"cannot read HellaSwag items from {path}: {e}") from None
     if not items:
