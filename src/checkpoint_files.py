@@ -16,7 +16,7 @@ from checkpointing.run_folders import list_checkpoints, run_folders
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 all that is there is whole, 1 something is not, 2 wrong usage."""
+    """Return 0 if all that is there is whole, 1 if something is not, 2 for wrong usage."""
     parser = terminal.Parser(description="List checkpoints: step, loss, size, age, state.")
     parser.add_argument("dir", nargs="?", default="checkpoints", help="of all runs, or of one")
     parser.add_argument("--verify", action="store_true", help="read every file and check its sum")
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{c.step:>10} {loss:>9} {words.size(c.bytes):>9} {age:>9}  {state}")
     if not listed:
         print(f"no checkpoints in {args.dir}")
+    terminal.check_output()
     return 1 if bad else 0
 
 

@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"PROBLEM {problem}")
     if not problems:
         print("no problem found")
+    terminal.check_output()
     return 1 if problems else 0
 
 

@@ -188,7 +188,6 @@ def screen(prompt: str, count: int) -> Callable[[list[Text]], None]:
                 break
             said += "\n"
         sys.stdout.write(said[shown:])
-        sys.stdout.flush()
         shown = len(said)
         terminal.check_output()
 

@@ -80,6 +80,7 @@ def make_lasting() -> None:
 def check_output() -> None:
     """Leave quietly when nobody reads standard output any more, raise OSError when it cannot be
     written: for a command whose whole work is what it prints."""
+    sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", None)
     if lost is not None and lost.errno in _GONE:
         sys.exit(0)

@@ -44,16 +44,16 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used as a checkpoint; the text names the file and the reason."""
+    """Says which file cannot be used as a checkpoint, and the reason."""
 
     def __init__(self, path, reason: str):
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason = Path(path), reason
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Info:
-    """One checkpoint file as a folder lists it; nothing of it has been read."""
+    """Describes a checkpoint file as a folder lists it; nothing of it has been read."""
 
     path: Path
     step: int
@@ -67,7 +67,6 @@ def step_path(folder, step: int) -> Path:
 
 
 # --- Writing --------------------------------------------------------------------------------------
-
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 
@@ -115,7 +114,7 @@ def _without_rest(tensor, where: str):
 
 
 class _SealingWriter:
-    """What `torch.save` writes into: passes bytes on to a file and hashes them.
+    """Takes the bytes of `torch.save`, passes them on to a file and hashes them.
 
     The archive's last record is held back until `seal` has put the comment's length into it. That
     works in one pass because PyTorch writes its archives from front to back and never seeks.
@@ -209,7 +208,7 @@ def _signature(path: Path, st: os.stat_result) -> tuple:
 
 
 def is_known_good(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
+    with contextlib.suppress(OSError):
         return _signature(path, os.stat(path)) in _known_good
     return False
 
@@ -223,8 +222,6 @@ def _open(path: Path):
         raise CheckpointError(path, "does not exist") from None
     except OSError as e:
         raise CheckpointError(path, f"cannot be read: {e.strerror}") from None
-    except ValueError:  # a NUL in the name
-        raise CheckpointError(repr(str(path)), "is not a possible file name") from None
     if stat.S_ISDIR(mode):
         raise CheckpointError(path, "is a folder, not a checkpoint file")
     if not stat.S_ISREG(mode):
