@@ -150,10 +150,9 @@ def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
             )
             _weight_files(Path(folder))
         except Exception:
-            reason = next(iter(str(e).splitlines()), "")
             raise ValueError(
-                f"{nothing_here} the Hugging Face hub cannot be reached ({type(e).__name__}: "
-                f"{reason}): connect this machine, or bring the model's folder here and name it"
+                f"{nothing_here} the Hugging Face hub cannot be reached ({_short(e)}): connect "
+                "this machine, or bring the model's folder here and name it"
             ) from None
         return Path(folder), [f"{repository}: the hub cannot be reached, the cached copy is used"]
     sizes = {file.rfilename: file.size or 0 for file in found.siblings}
@@ -167,25 +166,23 @@ def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
             f"{repository} has no config.json and model.safetensors on the hub: make them with "
             f"{command}, and name that folder"
         )
-    missing = sum(
-        sizes[name]
-        for name in wanted
-        if not isinstance(
-            huggingface_hub.try_to_load_from_cache(repository, name, revision=found.sha), str
-        )
-    )
-    if missing:
+    find_cached = huggingface_hub.try_to_load_from_cache
+    cached = {n for n in wanted if isinstance(find_cached(repository, n, revision=found.sha), str)}
+    if missing := sum(sizes[name] for name in wanted if name not in cached):
         said = f"downloading {repository} from the hub: {words.size(missing)}"
         print(said, file=sys.stderr, flush=True)
     try:
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=wanted)
     except Exception as e:  # cut off, no space...
-        reason = next(iter(str(e).splitlines()), "")
         raise ValueError(
-            f"{repository} could not be downloaded ({type(e).__name__}: {reason}): try again, what "
-            "has arrived is kept"
+            f"{repository} could not be downloaded ({_short(e)}): try again, what has arrived is "
+            "kept"
         ) from None
     return Path(folder), [f"{repository} on the Hugging Face hub, revision {Path(folder).name}"]
+
+
+def _short(e: Exception) -> str:
+    return f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
 
 
 # --- Shapes and names -----------------------------------------------------------------------------
@@ -321,8 +318,7 @@ def _read_tensors(paths: list[Path]) -> dict:
             with safetensors.safe_open(path, framework="pt") as file:
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, OSError) as e:
-            reason = next(iter(str(e).splitlines()), type(e).__name__)
-            raise ValueError(f"{path} is damaged or cannot be read: {reason}") from None
+            raise ValueError(f"{path} is damaged or cannot be read: {_short(e)}") from None
     return found
 
 
