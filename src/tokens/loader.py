@@ -9,6 +9,8 @@ import numpy as np
 
 from tokens.stream import WindowSource
 
+AHEAD = 2  # batches that wait to be taken
+
 
 class StepLoader:
     """This rank's windows of one training step after the other, read ahead by a thread.
@@ -27,32 +29,30 @@ class StepLoader:
         world_size: int,
         device,
         position: int = 0,
-        depth: int = 2,
     ):
         import torch
 
-        self.source, self.rank, self.world_size, self.depth = source, rank, world_size, depth
+        self.source, self.rank, self.world_size = source, rank, world_size
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        if windows_per_step % world_size:
+            raise ValueError(
+                f"{windows_per_step} windows in a step cannot be shared by {world_size} "
+                f"processes: make it a multiple of {world_size}"
+            )
         self.windows_per_step = windows_per_step
         self._stop = lambda: None
         self.seek(position)
 
-    def seek(self, position: int, windows_per_step: int | None = None) -> None:
-        """Go on at another position, or with another number of windows in a step."""
-        windows_per_step = windows_per_step or self.windows_per_step
-        if windows_per_step % self.world_size:
-            raise ValueError(
-                f"{windows_per_step} windows in a step cannot be shared by {self.world_size} "
-                f"processes: make it a multiple of {self.world_size}"
-            )
+    def seek(self, position: int) -> None:
+        """Go on at another position."""
         self.close()
-        self.position, self.windows_per_step, self._error = position, windows_per_step, None
-        self._ready: queue.Queue = queue.Queue(self.depth)
+        self.position, self._error = position, None
+        self._ready: queue.Queue = queue.Queue(AHEAD)
         stopped = threading.Event()
-        share = windows_per_step // self.world_size
-        arguments = (self.source, position + self.rank * share, share, windows_per_step)
+        share = self.windows_per_step // self.world_size
+        arguments = (self.source, position + self.rank * share, share, self.windows_per_step)
         # The thread knows nothing of this object, which may thus be forgotten without close().
         thread = threading.Thread(
             target=_read_ahead,
@@ -88,8 +88,6 @@ class StepLoader:
             current.wait_event(copied)
             batch.record_stream(current)
         return batch if batch.device == self.device else batch.to(self.device)
-
-    __next__ = next_batch
 
     def close(self) -> None:
         """End the thread."""

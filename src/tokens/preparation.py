@@ -256,7 +256,7 @@ class Preparation:
         if self.val_end is None:
             self.save_head(self.place)
             self.decide_val_end()
-        if self.has_val_source and self.val_end == self.place.tokens:
+        if self.has_val_source and self.val_end in (None, self.place.tokens):
             raise Unusable("no document was found in --source")
         self.cut_shards()
         self.wait()
@@ -311,9 +311,7 @@ class Preparation:
         """Set `val_end`, unless too little has been read to tell."""
         total, size = self.place.tokens, self.options["shard_tokens"]
         target = self.options["val_tokens"]
-        if self.has_val_source:
-            if self.ended:
-                raise Unusable("no document was found in --source")
+        if self.has_val_source:  # it ends where the first unit of --source begins
             return
         if target is None and (total * VAL_SHARE >= size or self.ended):
             target = max(1, min(size, int(total * VAL_SHARE)))
