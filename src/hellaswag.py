@@ -9,7 +9,7 @@ Zellers et al. 2019, https://github.com/rowanz/hellaswag. How items are read and
 conventions in use: training/scoring.py.
 """
 
-import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -151,12 +151,8 @@ def evaluate(args) -> None:
         durable.check_writable(Path(args.out).parent)
     source = args.checkpoint or "latest"
     model, notes = load_model(source, device)
-    dtype = getattr(torch, args.dtype)
-
-    def autocast():
-        if dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype)
+    dtype, reduced = getattr(torch, args.dtype), args.dtype != "float32"
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=reduced)
 
     results, start = {}, time.monotonic()
     every = 0.1 if sys.stderr.isatty() else 30  # seconds: in a log file rarely
