@@ -81,7 +81,7 @@ def tick_label(value: float) -> str:
 
 
 class Chart:
-    """A chart in the making: lines in the units of its axes, and the words around them.
+    """Collects lines, in the units of its axes, and the words around them.
 
     by: what its horizontal axis is, "steps", "tokens" or "time". It begins at 0 unless all runs
     begin far from it, as one that goes on from another's checkpoint.

@@ -48,7 +48,7 @@ WARNING_TAGS = ("Health/warnings", "Performance/warnings")
 
 @dataclass(eq=False)
 class Curve:
-    """The points of one tag in the order of their steps; a step written twice counts once."""
+    """Holds the points of one tag in the order of their steps; of a step written twice the last."""
 
     steps: np.ndarray  # int64
     values: np.ndarray  # float64, may hold NaN and infinity
@@ -64,7 +64,7 @@ class Curve:
 
 @dataclass(eq=False)
 class Run:
-    """What a run's folder says now."""
+    """Answers from what a run's folder says now."""
 
     name: str
     folder: Path

@@ -47,7 +47,7 @@ COLOURS = {"ok": "green", "note": "yellow", "PROBLEM": "red"}
 
 
 class Report:
-    """The lines, printed as they are found."""
+    """Prints the lines as they are found, and remembers the problems."""
 
     def __init__(self):
         self.problems = []
