@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{c.step:>10} {loss:>9} {words.size(c.bytes):>9} {age:>9}  {state}")
     if not listed:
         print(f"no checkpoints in {args.dir}")
+    terminal.check_output()
     return 1 if bad else 0
 
 

@@ -156,43 +156,30 @@ def main(argv: list[str] | None = None) -> int:
         description="Say what is in a folder of token shards, and what is wrong with it."
     )
     parser.add_argument("folder", metavar="DIR", type=inputs.path, help="folder of shards")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read every shard in full: SHA-256 against the manifest, and every token id",
-    )
+    text = "read every shard in full: SHA-256 against the manifest, and every token id"
+    parser.add_argument("--verify", action="store_true", help=text)
     args = parser.parse_args(argv)
-    args.folder = Path(args.folder)
-    if not args.folder.is_dir():
-        what = "is not a folder" if args.folder.exists() else "does not exist"
-        raise ValueError(f"{args.folder} {what}: give a folder of shards")
-    problems = look(args.folder)
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}: give a folder of shards")
+    problems = look(folder)
     if args.verify and not problems:
-        problems += _verify_aloud(args.folder)
+        try:
+            verify([str(folder)])
+        except ValueError as error:
+            problems = [str(error)]
+        else:
+            said = f"every token id is GPT-2's; there is no {MANIFEST} to compare checksums with"
+            if (folder / MANIFEST).exists():
+                said = f"every shard has the SHA-256 of its {MANIFEST}"
+            print(said)
     for problem in problems:
         print(f"PROBLEM {problem}")
     if not problems:
         print("no problem found")
+    terminal.check_output()
     return 1 if problems else 0
-
-
-def _verify_aloud(folder: Path) -> list[str]:
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\rverifying: {done / total:.0%}", end="", file=sys.stderr)
-
-    try:
-        verify([str(folder)], progress)
-    except ValueError as error:
-        return [str(error)]
-    finally:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
-    if (folder / MANIFEST).exists():
-        print(f"every shard has the SHA-256 of its {MANIFEST}")
-    else:
-        print(f"every token id is GPT-2's; there is no {MANIFEST} to compare checksums with")
-    return []
 
 
 if __name__ == "__main__":

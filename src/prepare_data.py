@@ -38,13 +38,12 @@ under "counts"):
 Nothing is published when more than --allow_skipped of the documents, bytes or characters could not
 be used: the exit code is 2, and the reasons are said.
 
-How it works. The source is cut into units of about 2 MiB of text, always in the same way. Worker
-processes read and tokenize units (where a file cannot be entered in the middle, the main process
-reads and hands them the content) and send the tokens back; the main process puts them in order and
-writes shards. A journal in DIR/.prepare says which shards are finished: after kill -9 the same
-command goes on behind them, and the result does not depend on the number of workers. Memory,
-however large the corpus: at most 0.3 GB in each process, three times a shard (0.6 GB at the default
-size), and ten times the longest document.
+How it works. The main process cuts the source into units of about 2 MiB of text, always in the same
+way. Worker processes tokenize them (and unpack Parquet's row groups) and send the tokens back; the
+main process puts these in order and writes shards. A journal in DIR/.prepare says which shards are
+finished: after kill -9 the same command goes on behind them, and the result does not depend on the
+number of workers. Memory, however large the corpus: at most 0.3 GB in each process, three times a
+shard (0.6 GB at the default size), and ten times the longest document.
 
 Exit codes: 0 done; 2 wrong usage, bad input, disk full; 129/130/143 stopped by SIGHUP, SIGINT,
 SIGTERM.
@@ -159,7 +158,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help=f"folder of the shards [{FINEWEB_OUT}, or data/<from --source>]")
     share = "of documents, bytes or characters that may be left out or lost [0.01]"
     add("--allow_skipped", type=float, default=0.01, metavar="SHARE", help=share)
-    add("--workers", type=int, default=cores(), help="processes [all cores]")
+    add("--workers", type=int, default=host.cores(), help="processes [all cores]")
     add("--dry_run", action="store_true", help="say what would be done, and stop")
     add("--verify", action="store_true", help="only recheck the shards in --out")
     args = parser.parse_args(argv)
@@ -196,10 +195,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def source_name(source: str) -> str:
     """What shards and folder are called: hub/name -> name, a/b.jsonl.gz -> b, a/*.txt -> a."""
     if source == "-":
@@ -231,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         if args.verify:
-            return verify(args.out)
+            token_shards.verify(str(args.out))
+            print(f"{args.out}: all shards are as the manifest says")
+            return 0
         return prepare(args)
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
@@ -243,19 +240,6 @@ def main(argv: list[str] | None = None) -> int:
         message, code = "stopped; the same command goes on from here", 128 + e.args[0]
     terminal.print_error(message)
     return code
-
-
-def verify(out: Path) -> int:
-    """Recompute the SHA-256 of every shard; ValueError names the bad ones."""
-    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        token_shards.verify(str(out), progress)
-    print(f"{out}: all shards are as the manifest says")
-    return 0
 
 
 def prepare(args: argparse.Namespace) -> int:

@@ -216,7 +216,6 @@ class Screen:
                 break
             sys.stdout.write("\n")
             self._begin()
-        sys.stdout.flush()
         terminal.check_output()
 
 

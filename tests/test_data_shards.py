@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_the_old_shard_and_no_temporary(tmp_path):
 def test_reading_crosses_shard_borders(folder):
     stream, tokens = open_split(folder, "train"), whole(folder, "train")
     assert stream.num_tokens == len(tokens) == 2201
-    assert stream.shard_tokens == [700, 301, 1200]
+    assert [shard.tokens for shard in stream.shards] == [700, 301, 1200]
     assert [p.name for p in stream.paths] == [f"x_train_00000{k}.bin" for k in range(3)]
     for start, n in ((0, 2201), (699, 2), (690, 400), (0, 0), (2200, 1), (700, 301), (1001, 5)):
         assert np.array_equal(stream.read(start, n), tokens[start : start + n])
@@ -300,10 +300,7 @@ def test_a_shard_that_shrinks_during_training(own_folder):
 
 
 def test_verify_finds_one_flipped_bit(own_folder):
-    progress = []
-    verify(str(own_folder), lambda done, total: progress.append((done, total)))
-    size = sum(p.stat().st_size for p in own_folder.glob("*.bin"))
-    assert progress[-1] == (size, size)
+    verify(str(own_folder))
     path = own_folder / "x_train_000001.bin"
     data = bytearray(path.read_bytes())
     data[1024 + 300] ^= 1  # the id stays below 50,257

@@ -80,6 +80,7 @@ def make_lasting() -> None:
 def check_output() -> None:
     """For a command whose whole work is what it prints: leave quietly when nobody reads it any
     more, raise OSError when it cannot be written."""
+    sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", None)
     if lost is not None and lost.errno in _GONE:
         sys.exit(0)

@@ -87,7 +87,7 @@ class Monitor:
     LINE_EVERY = 10  # steps between lines where there is no progress bar
     BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}"  # fits into 80 columns
 
-    def __init__(self, run, peak_flops: float, addresses: notify.Addresses):
+    def __init__(self, run, peak_flops: float, outside: notify.Outside):
         cfg, state = run.cfg, run.state
         self.cfg, self.state, self.active = cfg, state, run.dist.is_main
         self.peak_flops = peak_flops * run.dist.world_size
@@ -107,7 +107,8 @@ class Monitor:
         self.outside, self.best_hellaswag = NoLog(), state.hellaswag
         if not self.active:
             return
-        self.outside = notify.Outside(addresses, cfg.run_name, self.say)
+        self.outside = outside
+        outside.open(cfg.run_name, self.say)
         self.health = health.Health(run, summary.speed_depends_on(run))
         self.meter = energy.EnergyMeter(run.dist.device)
         self.folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
@@ -288,9 +289,14 @@ class Monitor:
             return
         values = {}
         if by_position is not None:
+            line.append(f"validation loss {state.validation_loss:.4f}")
+        # Random weights always score ln(vocabulary). As the first point of a chart that is smoothed
+        # over points, it would hold the curve far above the training loss for five evaluations.
+        if by_position is not None and (state.step or cfg.init_from):
             values["Loss/validation"] = state.validation_loss
             values["Loss/validation_best"] = state.best_loss
-            line.append(f"validation loss {state.validation_loss:.4f}")
+            if state.validation_loss == state.best_loss:
+                self.outside.best("validation loss", state.step, state.best_loss)
             for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
                 name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
                 values[f"Loss_by_Position/{name}"] = float(by_position[part].mean())
@@ -298,8 +304,6 @@ class Monitor:
         if scored:
             values["Evaluation/hellaswag_accuracy"] = state.hellaswag
             line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
-        if by_position is not None and state.validation_loss == state.best_loss:
-            self.outside.best("validation loss", state.step, state.best_loss)
         if scored and state.hellaswag > self.best_hellaswag:
             self.best_hellaswag = state.hellaswag
             self.outside.best("HellaSwag", state.step, state.hellaswag)

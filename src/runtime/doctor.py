@@ -68,7 +68,7 @@ class Report:
         self.add(name, "", text, fix, "PROBLEM")
 
 
-def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> int:
+def examine(program: Program, outside: notify.Outside = notify.NOBODY) -> int:
     """Look at everything -> exit code 0, or 2 if there is a problem."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)
@@ -94,7 +94,7 @@ def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> in
         check_data(report, run, program.sample_dir)
         check_hellaswag(report, run)
     check_ports(report)
-    check_messages(report, addresses)
+    check_messages(report, outside)
     if fits:  # else the attempt itself could bring the machine down
         check_speed(report, program, run)
     print()
@@ -320,13 +320,15 @@ def check_hellaswag(report: Report, run) -> None:
         report.note("HellaSwag", text, "python src/hellaswag.py --download (12 MB)")
 
 
-def check_messages(report: Report, addresses: notify.Addresses) -> None:
+def check_messages(report: Report, outside: notify.Outside) -> None:
     """Send a test message to every --notify."""
-    for name, error in notify.try_out(addresses):
-        if error is None:
+    test = notify.Message("training", "test", "A test: this is how the run will speak to you.")
+    for name, send in outside.targets:
+        try:
+            send(test)
             report.add("notify", f"{name} took a test message: did it arrive?")
-        else:
-            text = f"--notify {name}: the test message was not taken ({error})"
+        except Exception as error:  # whatever a service, or its library, can think of
+            text = f"--notify {name}: the test message was not taken ({type(error).__name__})"
             report.problem("notify", text, "the address, and the network from here")
 
 

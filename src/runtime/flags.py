@@ -48,7 +48,7 @@ def flag(
     in_file=True,
     overrides=(),
 ):
-    """A field that is a flag; its annotation (int, float, str, bool, or one `| None`) is its type.
+    """Return a field that is a flag; its annotation (int, float, str, bool, `| None`) is its type.
 
     group: opens a new group in --help with this field. resume: where a resume takes the value from
     when the flag is not given again. learned: the value changes what the model learns; unless said

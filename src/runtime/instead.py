@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from basics import terminal
 from monitoring import summary
 from runtime import machine
 from runtime.flags import CommandLine, to_toml
@@ -32,7 +33,7 @@ class Program:
 
     @property
     def flags(self):
-        """A configuration of the flags given, undecided."""
+        """Return a configuration of the flags given, undecided."""
         return self.config_class(**self.command.values())
 
     def plan(self):
@@ -53,6 +54,7 @@ def print_config(program: Program) -> None:
         decided = dataclasses.replace(run.cfg, run_name=program.flags.run_name)
         title = "for --config; in comments what is decided anew where this is read"
         print(to_toml(decided, run.flags_ever_given, title), end="")
+        terminal.check_output()
     run.dist.leave()
 
 

@@ -143,6 +143,7 @@ class Supervisor:
         self._thread.start()
         if peers is not None:
             peers.on_lost, peers.exchange = self._on_lost, self._exchange
+            peers.pids = dict(self._pids)
             if peers.lost is not None:
                 self._on_lost(peers.lost)
 
@@ -188,7 +189,7 @@ class Supervisor:
             raise error
         self._leaving = True
         time.sleep(5 * _TICK)  # a signal or a reason may be on its way
-        gone = [str(r) for r, pid in self._pids.items() if not _alive(pid)]
+        gone = [str(r) for r, pid in self._pids.items() if not is_alive(pid)]
         who = f"rank {', '.join(gone)} has died" if gone else "another process has died"
         if not gone and self.peers.lost is not None:
             who = self.peers.lost
@@ -236,7 +237,7 @@ class Supervisor:
         """Return {rank: process id} of the other ranks on this host."""
         if self.store is None:
             return {}
-        host, pids = os.uname().nodename, {}
+        host, pids = _where_ids_mean_the_same(), {}
         self.store.set(f"supervisor/pid/{self.rank}", f"{host} {os.getpid()}")
         for rank in range(self.world_size):
             where, pid = self.store.get(f"supervisor/pid/{rank}").decode().split()
@@ -258,8 +259,6 @@ class Supervisor:
             gone = self._launcher is not None and os.getppid() != self._launcher
             if gone and self._stop is None:
                 self._stop = (128 + signal.SIGTERM, "the process that started this one is gone")
-            if 0 in self._pids and not _alive(self._pids[0]):
-                self._end_for("rank 0 has died")
             waited = 0 if self._lost_since is None else now - self._lost_since
             if waited > min(_LAST_WAIT, self.hang_timeout) and not self._leaving:
                 self._end_for(f"{self.peers.lost} and this process waits for it")
@@ -336,8 +335,19 @@ class Supervisor:
             faulthandler.dump_traceback()
 
 
-def _alive(pid: int) -> bool:
-    """Return whether a process of this id runs, and does not only wait for its parent's word."""
+def _where_ids_mean_the_same() -> str:
+    """Return a word for this machine, or this container. Its name would not do: machines made from
+    one image may all have the same."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return os.uname().nodename
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this id runs here; one that has ended, and only waits for its
+    parent, does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -16,7 +16,6 @@ import sys
 import time
 
 from tokens.sources import (
-    BOMS,
     DAMAGE,
     HEAD,
     TOO_LONG,
@@ -149,8 +148,7 @@ class Content:
         return max(1, self.file.size - self.position() + rest)
 
     def __iter__(self):
-        chunks = without_mark(self.unpacked())
-        return self.decoded(chunks) if self.file.encoding else chunks
+        return self.decoded(self.unpacked()) if self.file.encoding else self.unpacked()
 
     def unpacked(self):
         try:
@@ -195,23 +193,16 @@ class Content:
                 return
 
 
-def without_mark(chunks):
-    """The chunks without a byte order mark at their beginning."""
-    head = b""
-    for chunk in chunks:
-        head += chunk
-        if len(head) >= 4:
-            break
-    marks = [mark for mark in BOMS if head.startswith(mark)]
-    yield head.removeprefix(marks[0]) if marks else head
-    yield from chunks
-
-
 # --- Records --------------------------------------------------------------------------------------
 
 
-def json_records(content: Content):
-    """The records of JSON arrays, or of JSON values that are spread over lines."""
+def value_of(record, key: str):
+    """Return the text of a record; a tuple, the names of its fields, if it has none."""
+    return record.get(key, tuple(record)) if isinstance(record, dict) else None
+
+
+def json_records(content: Content, key: str):
+    """Yield the texts of JSON arrays, or of JSON values that are spread over lines."""
     decode, scan = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode, JSON.raw_decode
     chunks, text, at, inside = iter(content), "", 0, False
     while True:
@@ -225,7 +216,7 @@ def json_records(content: Content):
             value, end = scan(text, at)
             if end == len(text) and not isinstance(value, dict | list | str):
                 raise ValueError("a number may go on")
-            yield value
+            yield value_of(value, key)
             at = end
             continue
         except RecursionError as e:
@@ -267,7 +258,7 @@ def csv_records(content: Content, key: str):
             kept.append(line)
             yield line
 
-    header = next(lines, "")
+    header = next(lines, "").removeprefix("\ufeff")
     separators = [s for s in "\t,;|" if key in next(csv.reader([header], delimiter=s), ())]
     if not header:
         return
@@ -339,11 +330,21 @@ def open_parquet(path: str, size: int, key: str):
 
 
 def row_batches(parquet, file: SourceFile, rows: int, group: int, key: str):
-    """Record batches of up to `rows` of the text column; never the whole row group in memory."""
+    """Yield lists of up to `rows` texts of a row group, which is never in memory as a whole.
+
+    Parquet does not promise that strings are UTF-8: where they are not, they come as bytes.
+    """
     import pyarrow as pa
 
     try:
-        yield from parquet.iter_batches(rows, [group], [key], use_threads=False)
+        for batch in parquet.iter_batches(rows, [group], [key], use_threads=False):
+            column = batch.column(0)
+            try:
+                yield column.to_pylist()
+            except UnicodeDecodeError:
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                yield column.cast(pa.large_binary()).to_pylist()
     except (OSError, pa.ArrowException) as e:
         where = f"{file.path}: row group {group} is damaged"
         raise ValueError(f"{where} ({e}): fetch the file again and remove --out") from None

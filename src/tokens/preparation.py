@@ -183,7 +183,7 @@ class Preparation:
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            if "unit" in record:
+            if record.keys() & {"unit", "place"}:
                 raise ValueError(
                     f"--out {self.out}: was begun by an earlier version of this program: remove it"
                 )
@@ -211,13 +211,13 @@ class Preparation:
         if "shard" in record:
             self.shards[record["split"], record["number"]] = record["shard"]
             self.position += record["shard"]["tokens"]
-        if "place" in record:
-            self.place = Part(**record["place"])
+        if "part" in record:
+            self.place = Part(**record["part"])
             self.place.next, self.place.counts = tuple(self.place.next), Tally(self.place.counts)
 
     def note(self, record: dict, place: Part | None = None) -> None:
         if place is not None:
-            record["place"] = vars(place)
+            record["part"] = vars(place)
         os.write(self.journal, json.dumps(record).encode() + b"\n")
         os.fsync(self.journal)
 
