@@ -272,11 +272,6 @@ def read_info(path) -> dict:
         return _read_comment(Path(path), file)[2]
 
 
-def saved_at(info: dict, otherwise: float) -> float:
-    value = info.get("saved_at")
-    return value if isinstance(value, int | float) else otherwise
-
-
 def verify(path) -> None:
     """Read the whole file and compare its checksum; CheckpointError names the file and the reason.
 

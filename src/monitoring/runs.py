@@ -81,6 +81,7 @@ class Run:
             _, last = np.unique(steps[::-1], return_index=True)
             keep = len(steps) - 1 - last  # of each step the point written last
             values, times = np.frombuffer(series.values), np.frombuffer(series.times)
+            values = values / 100 if tag == "mfu(%)" else values  # torchtitan's
             if len(steps):
                 self.curves[tag] = Curve(steps[keep], values[keep], times[keep])
         self.params = self.record.get("config") or {
@@ -133,6 +134,12 @@ class Run:
             return np.interp(steps, *known)
         batch = self.params.get("total_batch_size")
         return steps * float(batch) if isinstance(batch, int | float) else None
+
+    @property
+    def tokens(self) -> float | None:
+        """Return the tokens trained on so far, if anything says so."""
+        tokens = self.tokens_at(np.array([self.last_step]))
+        return None if tokens is None else float(tokens[0])
 
     def seconds_at(self, steps):
         known, seconds, _ = self.clock
