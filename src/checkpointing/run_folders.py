@@ -19,7 +19,6 @@ from checkpointing.files import (
     Info,
     is_known_good,
     read_info,
-    saved_at,
     step_path,
     verify,
 )
@@ -73,14 +72,16 @@ def find_latest(folder) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Return as `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
-
-    def when(candidate: Info) -> float:
-        with contextlib.suppress(CheckpointError):
-            return saved_at(read_info(candidate.path), candidate.mtime)
-        return candidate.mtime
-
     candidates = [c for run in run_folders(checkpoint_dir) for c in list_checkpoints(run)]
-    return _first_whole(sorted(candidates, key=lambda c: (when(c), c.step), reverse=True))
+    return _first_whole(sorted(candidates, key=lambda c: (saved_at(c), c.step), reverse=True))
+
+
+def saved_at(checkpoint: Info) -> float:
+    """Return the Unix time at which it was saved, or else its file's."""
+    with contextlib.suppress(CheckpointError):
+        value = read_info(checkpoint.path).get("saved_at")
+        return value if isinstance(value, int | float) else checkpoint.mtime
+    return checkpoint.mtime
 
 
 def run_folders(checkpoint_dir) -> list[Path]:

@@ -93,11 +93,11 @@ def end(code: int) -> NoReturn:
 
 
 class StopRequested(Exception):
-    """Raised by `poll` on rank 0; `code` is the exit code after the checkpoint, `reason` a text."""
+    """Raised by `poll` on rank 0, with a reason; `code` is the exit code after the checkpoint."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(reason)
-        self.code, self.reason = code, reason
+        self.code = code
 
 
 @contextlib.contextmanager
@@ -118,10 +118,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 class Supervisor:
-    """Watches this process and the others, from the main thread's start of training on.
-
-    peers: peers.Peers, where there are others.
-    """
+    """Watches over this process; made in the main thread. peers: peers.Peers, if it has any."""
 
     def __init__(self, rank=0, world_size=1, peers=None, hang_timeout=900.0, max_hours=None):
         self.rank, self.world_size, self.peers = rank, world_size, peers
@@ -186,7 +183,7 @@ class Supervisor:
         if isinstance(error, StopRequested):
             if self.rank > 0 and self._stop is None:  # trouble of this rank alone
                 print(f"rank {self.rank}: {error}", file=sys.stderr)
-                self._stop = (error.code, error.reason)  # the watching thread tells rank 0
+                self._stop = (error.code, str(error))  # the watching thread tells rank 0
             return error
         if self.world_size == 1 or not is_lost_peer(error):
             raise error
