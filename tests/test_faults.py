@@ -2,8 +2,8 @@
 
 import contextlib
 import fcntl
-import math
 import json
+import math
 import os
 import pty
 import re
