@@ -138,11 +138,17 @@ def test_resume_on_another_process_count_or_micro_batch(tmp_path, data, nproc, m
 ITEM = {"activity_label": "Walking", "ctx": "A man walks into a bar. He", "label": 1}
 
 
-def test_hellaswag_while_training(tmp_path, data):
-    with (tmp_path / "items.jsonl").open("w") as file:
+def hellaswag_file(folder):
+    """Seven items, so that two and three processes have other shares."""
+    with (folder / "items.jsonl").open("w") as file:
         for i in range(7):
             endings = [f"sits down {i}.", "orders a drink.", "flies away to the moon.", "is a bar."]
             file.write(json.dumps(ITEM | {"ind": i, "endings": endings, "label": i % 4}) + "\n")
+    return file.name
+
+
+def test_hellaswag_while_training(tmp_path, data):
+    hellaswag_file(tmp_path)
     flags = "--max_steps 4 --eval_freq 2 --use_tensorboard --hellaswag_file items.jsonl"
     values = {}
     for name, nproc in (("one", None), ("two", 2)):

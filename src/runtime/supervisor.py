@@ -18,11 +18,13 @@ watching thread ends them once rank 0 has said that it is done.
 |                                         | may wait for it for ever: then nothing can be saved    |
 |                                         | and the work since the last checkpoint is lost         |
 | torchrun itself was killed              | noticed by the change of parent: as SIGTERM            |
+| the run's folder has another owner      | this one leaves with 1 and saves nothing               |
 | no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, exit 1                  |
 | terminal or pipe of the output is gone  | what is printed is dropped, training goes on           |
 """
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -133,6 +135,8 @@ class Supervisor:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._deadline = None if max_hours is None else _STARTED + 3600 * max_hours
         self._beat, self._pieces = time.monotonic(), 0
+        self.outlived: Callable[[], str | None] = lambda: None  # who else writes to our folders now
+        self._look_at = 0.0
         self._closed = threading.Event()
         self._pids = self._share_pids()
         global _at_work
@@ -155,10 +159,16 @@ class Supervisor:
             self._beat = now
         if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
+        if self._stop is None and now > self._look_at:
+            self._look_at = now + 1
+            if other := self.outlived():
+                self._stop = (1, other)
 
     def written(self) -> None:
         """Say the same for all ranks, from the thread that writes a checkpoint: they may have to
-        wait for a disk slower than hang_timeout."""
+        wait for a disk slower than hang_timeout. Raise OSError if another run has its folder."""
+        if other := self.outlived():
+            raise OSError(errno.EBUSY, other)
         self._pieces += 1
         self._beat = time.monotonic()
 
