@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT, SMALL, environment, run, start
 from monitoring import notify
 from monitoring.monitor import Monitor
+from runtime.flags import words as words_of
+from train_improved import Config
 
 FAULTY = ROOT / "tests" / "faulty.py"
 
@@ -185,6 +187,14 @@ def test_a_command_line_is_redacted():
         "x.py", "--notify", "ntfy://...", "--notify=json://...", "--heartbeat", "https://...",
         "--notify", "$NTFY", "--notify", "cmd: curl ...", "--seed", "1",
     ]  # fmt: skip
+
+
+def test_the_command_that_resumes_names_variables_and_not_what_is_in_them(monkeypatch):
+    monkeypatch.setenv("NTFY", "json://hunter2")
+    typed = {"notify": "$NTFY ${NTFY}", "seed": 1}
+    notify.Outside(typed, {})
+    words = ["--seed", "1", "--notify", "$NTFY", "--notify", "${NTFY}"]
+    assert words_of(typed, Config) == words
 
 
 @pytest.mark.parametrize(

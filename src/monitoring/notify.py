@@ -120,7 +120,7 @@ def command_sender(line: str) -> Send:
         facts |= {"NOTIFY_RUN": message.run, "NOTIFY_STEP": str(message.step)}
         subprocess.run(
             ["/bin/sh", "-c", line],
-            input=message.text.encode(),
+            input=f"{message.text}\n".encode(),
             env=os.environ | facts,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

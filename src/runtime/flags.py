@@ -195,7 +195,9 @@ def words(values: dict, config_class) -> list[str]:
         if value is True or (value is False and negatable(field)):
             found.append(f"--{field.name}" if value else f"--no-{field.name}")
         elif value is not None and value is not False:
-            found += [f"--{field.name}", str(value)]
+            again = field.metadata["several"] == "again"
+            for one in shlex.split(value) if again else [str(value)]:
+                found += [f"--{field.name}", one]
     return found
 
 
