@@ -94,20 +94,6 @@ def _fetch(url: str, file) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-def load_model(source: str, device):
-    """Return (the GPT that `source` means, for evaluation; notes about it), see pretrained.py."""
-    import torch
-
-    import train_improved
-    from checkpointing import pretrained
-
-    shape, weights, notes = pretrained.read_pretrained(source)
-    with torch.device("meta"):  # no time for initial weights
-        model = train_improved.GPT(**shape)
-    model.load_state_dict(weights, assign=True)
-    return model.to(device).eval(), notes
-
-
 # What is measured: convention, Result's attribute, name, and OpenAI's 124M models on all the items.
 MEASURES = (
     ("gpt2", "predicted", "gpt2: mean loss", {"GPT-2": 0.2955, "GPT-3": 0.337}),
@@ -137,6 +123,8 @@ def evaluate(args) -> None:
     import torch
     from tqdm import tqdm
 
+    import train_improved
+    from checkpointing import pretrained
     from runtime import machine
     from training.scoring import accuracy, load_items, score
 
@@ -150,7 +138,7 @@ def evaluate(args) -> None:
     if args.out:
         durable.check_writable(Path(args.out).parent)
     source = args.checkpoint or "latest"
-    model, notes = load_model(source, device)
+    model, notes = pretrained.load_model(train_improved.GPT, source, device)
     dtype, reduced = getattr(torch, args.dtype), args.dtype != "float32"
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=reduced)
 

@@ -134,15 +134,13 @@ def load_model(options: Options):
     source = options.checkpoint or "latest"
     if options.run_name is not None:
         source = str(run_folder(options))
-    shape, weights, notes = pretrained.read_pretrained(source, options.checkpoint_dir)
-    if shape["seq_len"] < 2:
-        raise ValueError(f"{source}: a context of one token leaves no room to write")
-    with torch.device("meta"):  # no time for initial weights
-        model = train_improved.GPT(**shape)
-    model.load_state_dict(weights, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight  # one matrix again, as it was made
     # Cast once, instead of at every product: what is read at every token is the weights.
-    model = model.to(device, getattr(torch, dtype)).eval()
+    precision = getattr(torch, dtype)
+    model, notes = pretrained.load_model(
+        train_improved.GPT, source, device, options.checkpoint_dir, precision
+    )
+    if model.seq_len < 2:
+        raise ValueError(f"{source}: a context of one token leaves no room to write")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{source}: some weights are not finite in {dtype}, it says nothing")
     return model, [*notes, f"{model.num_params():,} parameters, {dtype} on {device}"]

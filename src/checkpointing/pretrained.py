@@ -49,6 +49,18 @@ def read_pretrained(source: str, checkpoint_dir="checkpoints") -> tuple[dict, di
     return shape, weights, notes + more
 
 
+def load_model(model_class, source: str, device, checkpoint_dir="checkpoints", dtype=None):
+    """Return (the train_improved.GPT that `source` means, for evaluation; notes about it)."""
+    import torch
+
+    shape, weights, notes = read_pretrained(source, checkpoint_dir)
+    with torch.device("meta"):  # no time for initial weights
+        model = model_class(**shape)
+    model.load_state_dict(weights, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # one matrix again, as it was made
+    return model.to(device, dtype).eval(), notes
+
+
 # --- Finding --------------------------------------------------------------------------------------
 
 
