@@ -26,12 +26,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # before a hellaswag.py beside this one
+
 import hellaswag
 from checkpointing import pretrained
 from train_improved import GPT
 from training import scoring
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 
 def with_halves(line: str) -> str:
