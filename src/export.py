@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -71,21 +70,13 @@ def generation_config(shape: dict) -> dict:
 
 def write_weights(path: Path, shape: dict, weights: dict) -> None:
     """Write model.safetensors; lm_head.weight is the embedding and not written twice."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {}
     for name in pretrained.parameter_shapes(**shape):
         tensor = weights[name].float()
         tensors[name] = (tensor.T if name.endswith(pretrained.TRANSPOSED) else tensor).contiguous()
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as e:  # also for a full disk
-        raise OSError(str(e)) from None
-    os.umask(umask := os.umask(0))
-    os.chmod(path, 0o666 & ~umask)  # safetensors writes for the owner alone
-    with open(path, "rb") as file:
-        durable.flush_file(file.fileno())
+    durable.write(path, save(tensors, metadata={"format": "pt"}))
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------

@@ -24,12 +24,7 @@ from checkpointing import files, run_folders
 from tokens.tokenizer import VOCAB_SIZE, fingerprint, vocabulary
 
 # OpenAI's models, as GPT-2's users call them.
-ALIASES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-}
+ALIASES = {f"gpt2{s}": f"openai-community/gpt2{s}" for s in ("", "-medium", "-large", "-xl")}
 SHAPE = ("n_layer", "n_head", "n_embd", "seq_len")
 
 
