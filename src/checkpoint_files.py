@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from basics import terminal, words
-from checkpointing.files import CheckpointError, read_info, saved_at, verify
-from checkpointing.run_folders import list_checkpoints, run_folders
+from checkpointing.files import CheckpointError, read_info, verify
+from checkpointing.run_folders import list_checkpoints, run_folders, saved_at
 
 
 @terminal.command
@@ -30,17 +30,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{folder}\n{'step':>10} {'val loss':>9} {'size':>9} {'age':>9}  state")
         for c in checkpoints:
             listed += 1
-            info, when, state = {}, c.mtime, "ok" if args.verify else "ok (not verified)"
+            info, state = {}, "ok" if args.verify else "ok (not verified)"
             try:
                 info = read_info(c.path)
-                when = saved_at(info, c.mtime)
                 if args.verify:
                     verify(c.path)
             except CheckpointError as e:
                 bad, state = bad + 1, e.reason
             loss = info.get("val_loss")
             loss = f"{loss:.4f}" if isinstance(loss, float) else "-"
-            age = words.duration(time.time() - when)
+            age = words.duration(time.time() - saved_at(c))
             print(f"{c.step:>10} {loss:>9} {words.size(c.bytes):>9} {age:>9}  {state}")
     if not listed:
         print(f"no checkpoints in {args.dir}")

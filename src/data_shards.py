@@ -17,8 +17,6 @@ from basics import inputs, terminal
 from tokens.shards import DTYPE, MANIFEST, Shard, list_shards, open_shard, verify
 from tokens.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
-# --- Looking at a folder --------------------------------------------------------------------------
-
 LOOK_BLOCK = 1 << 20  # tokens per piece that the summary reads
 LOOK_BLOCKS = 64  # pieces per split; where there are more, these are spread evenly and it says so
 ZERO_RUN = 1024  # ids 0 ("!") in a row; text never has two, since "!!" is a token of its own
@@ -65,8 +63,7 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
         picks = [i * (len(pieces) - 1) // (LOOK_BLOCKS - 1) for i in range(LOOK_BLOCKS)]
         pieces = [pieces[i] for i in picks]
     seen = np.zeros(1 << 16, np.int64)
-    lengths = []
-    since = None  # tokens since the last <|endoftext|>, None where its place is unknown
+    texts = []
     accused = set()  # shards with a problem already named
     for shard, begin in pieces:
         count = min(LOOK_BLOCK, shard.tokens - begin)
@@ -76,16 +73,10 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
             if shard.path not in accused:
                 accused.add(shard.path)
                 problems.append(f"shard {shard.path}: {what}; prepare or fetch it again")
-        ends = np.flatnonzero(tokens == EOT)
-        if len(ends):
-            if everything and since is not None:
-                lengths.append(np.array([since + ends[0]]))
-            lengths.append(np.diff(ends) - 1)
-            since = len(tokens) - int(ends[-1]) - 1
-        elif since is not None:
-            since += len(tokens)
-    if everything and since:
-        lengths.append(np.array([since]))  # the last one has no <|endoftext|> after it
+        texts.append(tokens)
+    if everything:  # the last document has no <|endoftext|> after it
+        texts = [np.append(np.concatenate(texts), DTYPE.type(EOT))]
+    lengths = np.concatenate([np.diff(np.flatnonzero(text == EOT)) - 1 for text in texts])
 
     read = int(seen.sum())
     if not everything:
@@ -100,7 +91,6 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
     elif not everything:
         documents, about = round(documents / read * total), "about "
     line = f"  documents   {about}{documents:,}"
-    lengths = np.concatenate(lengths) if lengths else np.empty(0, int)
     if len(lengths):
         low, middle, high = np.quantile(lengths, (0.05, 0.5, 0.95)).astype(int).tolist()
         line += (
@@ -140,7 +130,7 @@ def _wrong_tokens(tokens: np.ndarray, begin: int) -> Iterator[str]:
 
 
 def _safe(text: bytes) -> str:
-    """Bytes of a corpus as one line that no terminal takes for a command."""
+    """Return bytes of a corpus as one line that no terminal takes for a command."""
     decoded = text.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
@@ -151,7 +141,7 @@ def _count(n: int, what: str) -> str:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 nothing wrong, 1 problems found, 2 wrong usage."""
+    """Return the exit code: 0 nothing wrong, 1 problems found, 2 wrong usage."""
     parser = terminal.Parser(
         description="Say what is in a folder of token shards, and what is wrong with it."
     )

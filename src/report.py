@@ -118,38 +118,27 @@ def recent_loss(run: Run, window: int) -> float | None:
 def run_table(runs: list[Run], names: list[str], window: int) -> dict[str, list[str]]:
     """Return column -> a cell per run, the run with the lowest validation loss first. Columns in
     which no run has anything are left out."""
-    runs = sorted(runs, key=rank)
-    columns: dict[str, list[str]] = {"run": [run.name for run in runs]}
-    for name in names:
-        columns[name] = [show(r.params[name]) if name in r.params else "" for r in runs]
-    rows = [table_row(run, window) for run in runs]
-    for name in rows[0]:
-        columns[name] = [row[name] for row in rows]
+    rows = [table_row(run, names, window) for run in sorted(runs, key=rank)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: cells for name, cells in columns.items() if any(cells)}
 
 
-def mfu_of(run: Run) -> np.ndarray | None:
-    """Return the points of MFU as shares, which torchtitan logs in percent."""
-    mfu = run.curve("mfu")
-    return mfu and mfu.values / (100 if run.tag("mfu") == "mfu(%)" else 1)
-
-
-def table_row(run: Run, window: int) -> dict[str, str]:
-    tokens = run.tokens_at(np.array([run.last_step]))
-    hellaswag, rate, mfu = run.curve("hellaswag"), run.curve("rate"), mfu_of(run)
+def table_row(run: Run, names: list[str], window: int) -> dict[str, str]:
+    hellaswag, rate, mfu = run.curve("hellaswag"), run.curve("rate"), run.curve("mfu")
+    of_window = f" (of {window:,} steps)" if window > 1 else ""
     return {
+        "run": run.name,
+        **{name: show(run.params[name]) if name in run.params else "" for name in names},
         "step": f"{run.last_step:,}" + (f" of {run.goal:,}" if run.goal else ""),
-        "tokens": count(float(tokens[0])) if tokens is not None else "",
+        "tokens": "" if run.tokens is None else count(run.tokens),
         "training time": duration(float(run.clock[1][-1])) if run.last_step else "",
         "best validation loss": number(run.best and run.best[0]),
         "at step": number(run.best and run.best[1], ",d"),
         "last validation loss": number(run.last("validation")),
-        "last training loss" + (f" (of {window:,} steps)" if window > 1 else ""): number(
-            recent_loss(run, window)
-        ),
+        f"last training loss{of_window}": number(recent_loss(run, window)),
         "best HellaSwag": number(hellaswag and hellaswag.values.max()),
         "tokens/s (median)": number(rate and np.median(rate.values), ",.0f"),
-        "MFU (median)": number(None if mfu is None else np.median(mfu), ".1%"),
+        "MFU (median)": number(mfu and np.median(mfu.values), ".1%"),
         "goodput": number(run.last("goodput"), ".1%"),
         "updates skipped": number(run.last("skips") or None, ".0f"),
     }
@@ -262,8 +251,7 @@ def headline(run: Run, window: int, now: float) -> str:
     ]
     watched = incidents or any(tag in run.curves for tag in WARNING_TAGS)
     saved = run.checkpoint()
-    tokens = run.tokens_at(np.array([run.last_step]))
-    rate, mfu = run.curve("rate"), mfu_of(run)
+    rate, mfu = run.curve("rate"), run.curve("mfu")
     hours, kwh = run.curves.get("Performance/device_hours"), run.curves.get("Performance/kwh")
     device, several = run.record.get("device"), run.record.get("world_size")
     device = f"{several} × {device}" if several not in (None, 1) else device
@@ -275,9 +263,9 @@ def headline(run: Run, window: int, now: float) -> str:
         ("warnings", watched and (str(len(warnings) or "none")), ", ".join(incidents)),
         ("last checkpoint", saved and ago(saved[1], now), saved and f"step {saved[0]:,}"),
         ("trained", run.last_step and duration(float(run.clock[1][-1])),
-         "" if tokens is None else f"{count(float(tokens[0]))} tokens"),
+         "" if run.tokens is None else f"{count(run.tokens)} tokens"),
         ("tokens per second", rate and f"{np.median(rate.values[-100:]):,.0f}",
-         "" if mfu is None else f"MFU {mfu[-1]:.1%}"),
+         f"MFU {mfu.values[-1]:.1%}" if mfu else ""),
         ("HellaSwag", number(run.last("hellaswag")), "chance is 0.25"),
         ("cost, device-hours", hours and f"{hours.values[-1]:.3g}",
          f"{kwh.values[-1]:.3g} kWh" if kwh else ""),
@@ -368,15 +356,15 @@ class Report:
         """Read what is new; return if anything is. Raise ValueError if there is no such run."""
         before = self.folders, self.checkpoints
         self.folders = find_runs(self.words, self.tensorboard_dir)
-        news = False
+        changed = False
         for folder in self.folders.values():
-            news |= self.readers.setdefault(folder, RunReader(folder)).update()
-        if news or self.folders != before[0]:
+            changed |= self.readers.setdefault(folder, RunReader(folder)).update()
+        if changed or self.folders != before[0]:
             runs = [Run(n, f, self.readers[f], read_record(f)) for n, f in self.folders.items()]
             self.runs = [run for run in runs if run.curves]
             self.silent = [run.name for run in runs if not run.curves]
         self.checkpoints = [run.checkpoint() for run in self.runs]
-        return news or (self.folders, self.checkpoints) != before
+        return changed or (self.folders, self.checkpoints) != before
 
     @property
     def title(self) -> str:

@@ -580,6 +580,7 @@ class Training:
         """Take a batch to an update of the weights. Nothing here waits for the device but the
         reading of the step before, whose metrics are there by now."""
         run, cfg, state, optimizer = self.run, self.run.cfg, self.run.state, self.run.optimizer
+        run.dist.work.begin_step()
         with reading():
             batch = self.loader.next_batch(lambda: self.poll_alone(waiting=True))
         loss = forward_backward(run, self.train_model, batch, self.poll)
@@ -646,9 +647,8 @@ class Training:
         self.read_last_metrics()
         run, cfg, state = self.run, self.run.cfg, self.run.state
         folder = run.checkpoint_folder
-        if self.saved_at == (state.step, state.evaluated_step):
-            return
-        if not (run.dist.is_main or self.sharded):
+        saved = self.saved_at == (state.step, state.evaluated_step)
+        if saved or not (run.dist.is_main or self.sharded):
             return
         if state.consecutive_skips and not sharding.all_finite(self.params, run.dist):
             self.monitor.say(
@@ -819,8 +819,7 @@ def build(run: Run, checkpoint: dict | None, outside: notify.Outside):
     if dist.device.type == "cuda":
         torch.accelerator.reset_peak_memory_stats(dist.device)  # not of the trial
     monitor = Monitor(run, peak, outside)
-    saver = None
-    content = checkpoint_of(run)
+    saver, content = None, checkpoint_of(run)
     if dist.is_main:
         saver = background.BackgroundSaver(monitor.announce)
         saver.allocate(content)
@@ -866,6 +865,7 @@ def main(command: flags.CommandLine | None = None) -> int:
     supervisor = Supervisor(
         dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
     )
+    supervisor.outlived = lambda: planning.outlived(run)
     if saver is not None:
         saver.progress = supervisor.written  # a long write is no hang
     code, how, why = 0, "finished", ""

@@ -580,7 +580,7 @@ def test_data_dir_words(tmp_path):
 
 def batches(source, steps, windows=8, rank=0, world_size=1, **options) -> list[torch.Tensor]:
     loader = StepLoader(source, windows, rank, world_size, "cpu", **options)
-    result = [next(loader) for _ in range(steps)]
+    result = [loader.next_batch() for _ in range(steps)]
     loader.close()
     return result
 
@@ -608,19 +608,16 @@ def test_resume_and_seek_give_the_same_batches(folder):
     reference = batches(source, 40)
     loader = StepLoader(source, 8, 0, 1, "cpu", position=17 * 8)
     assert loader.position == 136
-    assert torch.equal(next(loader), reference[17])
+    assert torch.equal(loader.next_batch(), reference[17])
     assert loader.position == 144
     loader.seek(3 * 8)
-    assert torch.equal(next(iter(loader)), reference[3]) and loader.position == 32
-    loader.seek(0, windows_per_step=16)
-    assert torch.equal(loader.next_batch(), torch.cat(reference[:2])) and loader.position == 16
-    assert torch.equal(loader.next_batch(), torch.cat(reference[2:4]))
+    assert torch.equal(loader.next_batch(), reference[3]) and loader.position == 32
     loader.seek(loader.position)
-    assert torch.equal(loader.next_batch(), torch.cat(reference[4:6]))
+    assert torch.equal(loader.next_batch(), reference[4])
     loader.close()
     loader.close()
     with pytest.raises(RuntimeError, match="closed"):
-        next(loader)
+        loader.next_batch()
 
 
 def test_more_windows_in_a_step_than_in_the_data(tmp_path):
@@ -651,13 +648,13 @@ def loader_threads():
 def test_reads_ahead_but_not_without_bound(folder):
     source = Gate(open_source(str(folder), "train", T, 5))
     source.open.set()
-    loader = StepLoader(source, 8, 0, 1, "cpu", depth=2)
+    loader = StepLoader(source, 8, 0, 1, "cpu")
     deadline = time.monotonic() + 30
     while source.reads < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
     assert source.reads == 3  # two waiting, one in the thread's hand
-    next(loader)
+    loader.next_batch()
     loader.close()
     assert not loader_threads()
 
@@ -687,15 +684,15 @@ def test_trouble_in_the_thread_is_raised_from_next(own_folder):
     loader = StepLoader(source, 8, 0, 1, "cpu")
     with pytest.raises(ValueError, match=r"x_train_000002.bin: token .* is 65535"):
         for _ in range(30):
-            next(loader)
+            loader.next_batch()
     with pytest.raises(ValueError, match="65535"):  # and again, not a hang
-        next(loader)
+        loader.next_batch()
     loader.close()
 
 
 def test_a_forgotten_loader_ends_its_thread(folder):
     loader = StepLoader(open_source(str(folder), "train", T, 0), 8, 0, 1, "cpu")
-    next(loader)
+    loader.next_batch()
     del loader
     assert not loader_threads()
 
@@ -705,7 +702,7 @@ def test_a_program_ends_while_its_loader_reads(folder):
         "import sys; from tokens.loader import StepLoader; from tokens.stream import open_source\n"
         f"source = open_source({str(folder)!r}, 'train', {T}, 0)\n"
         "loader = StepLoader(source, 8, 0, 1, 'cpu')\n"
-        "next(loader)\n"
+        "loader.next_batch()\n"
         "sys.exit(7)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=SRC, capture_output=True, timeout=60)
@@ -717,7 +714,7 @@ def test_loader_on_cuda(folder):
     source = open_source(str(folder), "train", T, 5)
     loader = StepLoader(source, 8, 0, 1, "cuda")
     for batch in batches(source, 60):
-        mine = next(loader)
+        mine = loader.next_batch()
         assert mine.is_cuda and mine.dtype == torch.int64
         assert torch.equal(mine.cpu(), batch)
     loader.close()

@@ -57,7 +57,7 @@ def test_a_whole_look_leaves_nothing_behind(capsys, cwd, monkeypatch):
     out = capsys.readouterr().out
     assert sorted(cwd.rglob("*")) == before
     lines = re.findall(r"^ +(ok|note|PROBLEM)  (\w+(?: \w+)?)  +", out, re.M)
-    names = ["versions", "tokenizer", "CPU", "products", "compiler", "memory", "disk", "space"]
+    names = ["versions", "CPU", "products", "compiler", "memory", "disk", "space"]
     names += ["data", "HellaSwag", "ports", "speed", "this plan", "reference"]
     assert [name for _, name in lines] == names, out
     assert "PROBLEM" not in out and out.endswith("nothing here stops the run\n")
@@ -73,7 +73,7 @@ def test_a_plan_that_fails_is_a_problem_among_others(capsys, cwd):
     assert doctor.examine(for_doctor(wrong)) == 2
     out = capsys.readouterr().out
     assert re.search(r"PROBLEM  plan +.*data/none", out)
-    for name in ("tokenizer", "products", "disk", "ports"):
+    for name in ("versions", "products", "disk", "ports"):
         assert f"  {name} " in out
     assert "to fix before the run: plan" in out
 

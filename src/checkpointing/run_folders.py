@@ -19,7 +19,6 @@ from checkpointing.files import (
     Info,
     is_known_good,
     read_info,
-    saved_at,
     step_path,
     verify,
 )
@@ -73,14 +72,16 @@ def find_latest(folder) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Return as `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
-
-    def when(candidate: Info) -> float:
-        with contextlib.suppress(CheckpointError):
-            return saved_at(read_info(candidate.path), candidate.mtime)
-        return candidate.mtime
-
     candidates = [c for run in run_folders(checkpoint_dir) for c in list_checkpoints(run)]
-    return _first_whole(sorted(candidates, key=lambda c: (when(c), c.step), reverse=True))
+    return _first_whole(sorted(candidates, key=lambda c: (saved_at(c), c.step), reverse=True))
+
+
+def saved_at(checkpoint: Info) -> float:
+    """Return the Unix time at which it was saved, or else its file's."""
+    with contextlib.suppress(CheckpointError):
+        value = read_info(checkpoint.path).get("saved_at")
+        return value if isinstance(value, int | float) else checkpoint.mtime
+    return checkpoint.mtime
 
 
 def run_folders(checkpoint_dir) -> list[Path]:
@@ -206,6 +207,7 @@ class RunLock:
     def __init__(self):
         self.path: Path | None = None
         self.fd: int | None = None
+        self._content = b""
 
     def acquire(self, folder, patience: float = 0.0) -> "RunLock":
         """Take the lock of `folder`, which another process may hold for `patience` seconds more;
@@ -228,15 +230,37 @@ class RunLock:
             time.sleep(1)
             patience -= 1
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        content["job"] = torchrun_job()
+        content = json.dumps(content | {"job": torchrun_job()}).encode("ascii")
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
+            os.ftruncate(fd, os.pwrite(fd, content, 0))
+            self._content = content
         self.fd, self.path = fd, path
         return self
 
     def holds(self, folder) -> bool:
         """Return whether this is the lock of `folder`."""
         return self.path is not None and self.path.parent == Path(folder).resolve()
+
+    def lost_to(self) -> str | None:
+        """Return who has the lock now, if this process had it and has it no more.
+
+        A network file system gives it away when the holder's machine has been cut off, or stood
+        still, for longer than a lease (NFS 4: some 90 s). To lock again what is held changes
+        nothing, but asks the server, and what is read after that is what is there.
+        """
+        if self.fd is None:
+            return None
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+                ours = self._content in (b"", os.pread(self.fd, 4096, 0))
+                return None if ours else _holder(self.fd)
+        except FileNotFoundError:
+            return None  # somebody removed the folder: nobody else has it
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EIO):
+                return None
+        return "another process"
 
     def release(self) -> None:
         """Give the lock back; the file stays, since removing it would race with the next owner."""

@@ -81,7 +81,7 @@ def tick_label(value: float) -> str:
 
 
 class Chart:
-    """A chart in the making: lines in the units of its axes, and the words around them.
+    """Collects lines, in the units of its axes, and the words around them.
 
     by: what its horizontal axis is, "steps", "tokens" or "time". It begins at 0 unless all runs
     begin far from it, as one that goes on from another's checkpoint.
@@ -113,24 +113,24 @@ class Chart:
     def line(self, run, curve, average: str = "") -> str:
         """Draw a run's curve. average: "mean" or "median" over the window, with the curve as logged
         faint behind it, if there are enough points; "" draws it as it is. Return what was drawn."""
-        look, x, y = color(run), self.x(run, curve.steps), curve.values
+        css, x, y = color(run), self.x(run, curve.steps), curve.values
         if not average or not is_noisy(curve, self.window):
             dots = " dots" if len(curve) <= BEADS else ""
-            self.lines.append((look + dots, *extremes(x, y)))
+            self.lines.append((css + dots, *extremes(x, y)))
             return ""
         if len(self.runs) <= FAINT_RUNS:
-            self.lines.insert(0, (f"{look} faint", *extremes(x, y)))
+            self.lines.insert(0, (f"{css} faint", *extremes(x, y)))
         places, y = smooth(curve, self.window, getattr(np, average))
-        self.lines.append((look, x[places], y))
+        self.lines.append((css, x[places], y))
         return f"{average} of {self.window:,} steps"
 
     def explain(self, drawn: str, what: str = "") -> None:
         """Say in the legend what is an average, and what is not."""
-        look = "grey" if len(self.runs) > 1 else color(self.runs[0])
+        css = "grey" if len(self.runs) > 1 else color(self.runs[0])
         if drawn or what:
-            self.legend.append((look, ", ".join(filter(None, (what, drawn)))))
+            self.legend.append((css, ", ".join(filter(None, (what, drawn)))))
         if drawn and len(self.runs) <= FAINT_RUNS:
-            self.legend.append((f"{look} faint", "as logged"))
+            self.legend.append((f"{css} faint", "as logged"))
 
     def mark_incidents(self) -> None:
         """Mark skipped updates and roll-backs at the foot of the chart."""
@@ -148,9 +148,9 @@ class Chart:
         shown = [whole]
         if not outliers:
             shown = [goals]
-            for look, x, y in self.lines:
+            for css, x, y in self.lines:
                 later = y[x > 0.02 * self.x_range[1]] if len(y) >= 50 else y
-                raw = "faint" in look and len(later) >= 50
+                raw = "faint" in css and len(later) >= 50
                 shown.append(np.percentile(later, [0.2, 99.8]) if raw else later)
         shown = np.concatenate(shown)
         low, high, top = float(shown.min()), float(shown.max()), float(whole.max())
@@ -170,16 +170,16 @@ class Chart:
     def _along(self, x):
         return (np.asarray(x, float) - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
 
-    def _path(self, look: str, x, y) -> str:
+    def _path(self, css: str, x, y) -> str:
         x = np.round(UNITS * self._along(x)).astype(int).tolist()
         y = np.round(UNITS * (1 - np.clip(self._height(y), -1, 2))).astype(int).tolist()
         points = [f"{a} {b}" for a, b in zip(x, y, strict=True)]
         path = ""
-        if len(points) > 1 and "alone" not in look:
-            path = f'<path class="{look.replace(" dots", "")}" d="M{"L".join(points)}"/>'
-        if "dots" in look or len(points) == 1:
+        if len(points) > 1 and "alone" not in css:
+            path = f'<path class="{css.replace(" dots", "")}" d="M{"L".join(points)}"/>'
+        if "dots" in css or len(points) == 1:
             dots = "".join(f"M{point}h.1" for point in points)
-            path += f'<path class="{look} dots" d="{dots}"/>'
+            path += f'<path class="{css} dots" d="{dots}"/>'
         return path
 
     def html(self) -> str:
@@ -187,28 +187,28 @@ class Chart:
         esc, y_ticks = html.escape, ticks(*self.y_range)
         format_x = count if self.by == "tokens" else tick_label
         paths, words = [], []
-        for look, heights in (("grid", y_ticks), ("goal", [y for y, _ in self.goals])):
+        for css, heights in (("grid", y_ticks), ("goal", [y for y, _ in self.goals])):
             for y in heights:
                 down = UNITS * (1 - self._height(y))
-                paths.append(f'<path class="{look}" d="M0 {down:.0f}h{UNITS}"/>')
+                paths.append(f'<path class="{css}" d="M0 {down:.0f}h{UNITS}"/>')
         paths += [self._path(*line) for line in self.lines]
         if self.marks:
             feet = [f"M{x:.0f} {UNITS}v-250" for x in UNITS * self._along(self.marks)]
             paths.append(f'<path class="marks" d="{"".join(feet)}"/>')
-        for look, y, name in [
+        for css, y, name in [
             *(("y", y, tick_label(y)) for y in y_ticks),
             *(("goalname", *goal) for goal in self.goals),
         ]:
             bottom = 100 * self._height(y)
-            words.append(f'<span class="{look}" style="bottom:{bottom:.2f}%">{esc(name)}</span>')
+            words.append(f'<span class="{css}" style="bottom:{bottom:.2f}%">{esc(name)}</span>')
         for x in ticks(*self.x_range, 5):
             left = 100 * self._along(x)
             words.append(f'<span class="x" style="left:{left:.2f}%">{format_x(x)}</span>')
         words.append(f'<span class="name">{esc(self.x_name)}</span>')
         keys = []
-        for look, label in self.legend:
-            line = "14 5h.1" if "dots" in look else "14 10v-9" if "marks" in look else "0 5h28"
-            key = f'<svg viewBox="0 0 28 10"><path class="{look}" d="M{line}"/></svg>'
+        for css, label in self.legend:
+            line = "14 5h.1" if "dots" in css else "14 10v-9" if "marks" in css else "0 5h28"
+            key = f'<svg viewBox="0 0 28 10"><path class="{css}" d="M{line}"/></svg>'
             keys.append(f"<li>{key}{esc(label)}</li>")
         note = f"<p>{esc(' '.join(self.notes))}</p>" if self.notes else ""
         return (
@@ -235,7 +235,7 @@ def loss_chart(runs: list, window: int, by: str, title: str) -> str:
     """Draw the losses of training and validation together."""
     shown = [run for run in runs if run.curve("train") or run.curve("validation")]
     if by == "tokens":
-        shown = [run for run in shown if run.tokens_at(np.array([run.last_step])) is not None]
+        shown = [run for run in shown if run.tokens is not None]
     if not any(run.last_step for run in shown):  # only step 0 so far
         return ""
     chart, drawn = Chart(title, shown, window, by), ""
@@ -245,9 +245,9 @@ def loss_chart(runs: list, window: int, by: str, title: str) -> str:
         if train:
             drawn = chart.line(run, train, "mean") or drawn
         if validation:
-            look = "c1 dots" if single else f"{color(run)} dots alone"
+            css = "c1 dots" if single else f"{color(run)} dots alone"
             points = extremes(chart.x(run, validation.steps), validation.values)
-            chart.lines.append((look, *points))
+            chart.lines.append((css, *points))
     if any(run.curve("train") for run in shown):
         chart.explain(drawn, "training")
     if any(run.curve("validation") for run in shown):

@@ -108,6 +108,19 @@ CHECKS = {
         advice="Another program, heat, or a slow disk: look at `top` and `nvidia-smi`.",
         timed=True,
     ),
+    # All take the same time for a step: what counts is how long each works until it has to wait.
+    "lagging": Check(
+        "one process lags",
+        "seconds of a step that the slowest process works by itself, as a multiple of the others'",
+        f"every {CHECK_EVERY} steps; each process' median of {CHECK_EVERY} steps, compared with "
+        "the median of the others",
+        begin=1.25,
+        end=1.15,
+        shown="{:.2f}",
+        advice="All wait for it. Look at that machine's `nvidia-smi` (heat, a power limit, another "
+        "program), its `top` and its disk; leave it out if it stays.",
+        timed=True,
+    ),
     # In standard errors, so that it suits 1,000 items as well as all 10,042 (where one is 0.0043).
     "hellaswag": Check(
         "HellaSwag flat",
@@ -275,6 +288,15 @@ class Health:
                 mean = statistics.mean(memory["accuracies"])
                 said += self._judge("hellaswag", (mean - 0.25) / error)
         return said
+
+    def compare(self, work: dict[str, float]) -> list[tuple[Check, str]]:
+        """Take into account how many seconds each process works by itself in a step, by name."""
+        if len(work) < 2:
+            return []
+        slowest = max(work, key=work.get)
+        others = statistics.median(seconds for name, seconds in work.items() if name != slowest)
+        detail = f"{slowest}: {1000 * work[slowest]:.3g} ms beside {1000 * others:.3g} ms"
+        return self._judge("lagging", work[slowest] / others, detail)
 
     def layer_ratios(self, norms: list[float]) -> dict[str, float]:
         """Return the update-to-weight ratio of each layer, all its parameters together."""

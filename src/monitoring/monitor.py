@@ -251,6 +251,8 @@ class Monitor:
         if run.dist.device.type == "cuda":
             values["Performance/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         warnings = self.health.step(loss, norm, bad, lr, seconds, norms)
+        if run.dist.peers is not None and health.check_due(state.step):
+            warnings += self.health.compare(run.dist.peers.work_by_process())
         if norms and not bad:
             ratios = self.health.layer_ratios(norms)
             values |= {f"Update_Ratio/{layer}": ratio for layer, ratio in ratios.items()}

@@ -48,7 +48,7 @@ WARNING_TAGS = ("Health/warnings", "Performance/warnings")
 
 @dataclass(eq=False)
 class Curve:
-    """The points of one tag in the order of their steps; a step written twice counts once."""
+    """Holds the points of one tag in the order of their steps; of a step written twice the last."""
 
     steps: np.ndarray  # int64
     values: np.ndarray  # float64, may hold NaN and infinity
@@ -64,7 +64,7 @@ class Curve:
 
 @dataclass(eq=False)
 class Run:
-    """What a run's folder says now."""
+    """Answers from what a run's folder says now."""
 
     name: str
     folder: Path
@@ -81,6 +81,7 @@ class Run:
             _, last = np.unique(steps[::-1], return_index=True)
             keep = len(steps) - 1 - last  # of each step the point written last
             values, times = np.frombuffer(series.values), np.frombuffer(series.times)
+            values = values / 100 if tag == "mfu(%)" else values  # torchtitan's
             if len(steps):
                 self.curves[tag] = Curve(steps[keep], values[keep], times[keep])
         self.params = self.record.get("config") or {
@@ -133,6 +134,12 @@ class Run:
             return np.interp(steps, *known)
         batch = self.params.get("total_batch_size")
         return steps * float(batch) if isinstance(batch, int | float) else None
+
+    @property
+    def tokens(self) -> float | None:
+        """Return the tokens trained on so far, if anything says so."""
+        tokens = self.tokens_at(np.array([self.last_step]))
+        return None if tokens is None else float(tokens[0])
 
     def seconds_at(self, steps):
         known, seconds, _ = self.clock

@@ -47,7 +47,7 @@ COLOURS = {"ok": "green", "note": "yellow", "PROBLEM": "red"}
 
 
 class Report:
-    """The lines, printed as they are found."""
+    """Prints the lines as they are found, and remembers the problems."""
 
     def __init__(self):
         self.problems = []
@@ -76,7 +76,6 @@ def examine(program: Program, outside: notify.Outside = notify.NOBODY) -> int:
     report, run = Report(), None
     cfg, device = program.flags, torch.device("cpu")
     check_versions(report, cfg.use_tensorboard)
-    check_tokenizer(report)
     try:
         # What planning has to say beside errors, the lines below say too.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -129,16 +128,6 @@ def check_versions(report: Report, use_tensorboard: bool) -> None:
         needed = name not in rarely or (name == "tensorboard" and use_tensorboard)
         text = f"{name} is not installed, needed {rarely.get(name, 'for training')}"
         report.add("versions", "", text, install, "PROBLEM" if needed else "note")
-
-
-def check_tokenizer(report: Report) -> None:
-    try:
-        count = tokenizer.get_tokenizer().n_vocab
-    except ValueError as error:
-        report.problem("tokenizer", str(error))
-        return
-    digest = tokenizer.fingerprint()
-    report.add("tokenizer", f"GPT-2's files by their SHA-256, {count:,} tokens, {digest}")
 
 
 # --- The machine ----------------------------------------------------------------------------------
@@ -196,8 +185,7 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
     if asked is False:
         report.add("compiler", "not needed with --no-compile")
         return
-    number, start = random.random(), time.monotonic()
-    x = torch.ones(64, device=device)
+    number, x, start = random.random(), torch.ones(64, device=device), time.monotonic()
 
     def function(x):
         return torch.sin(x) * number + 1

@@ -18,11 +18,13 @@ watching thread ends them once rank 0 has said that it is done.
 |                                         | may wait for it for ever: then nothing can be saved    |
 |                                         | and the work since the last checkpoint is lost         |
 | torchrun itself was killed              | noticed by the change of parent: as SIGTERM            |
+| the run's folder has another owner      | this one leaves with 1 and saves nothing               |
 | no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, exit 1                  |
 | terminal or pipe of the output is gone  | what is printed is dropped, training goes on           |
 """
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -93,11 +95,11 @@ def end(code: int) -> NoReturn:
 
 
 class StopRequested(Exception):
-    """Raised by `poll` on rank 0; `code` is the exit code after the checkpoint, `reason` a text."""
+    """Raised by `poll` on rank 0, with a reason; `code` is the exit code after the checkpoint."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(reason)
-        self.code, self.reason = code, reason
+        self.code = code
 
 
 @contextlib.contextmanager
@@ -118,10 +120,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 class Supervisor:
-    """Watches this process and the others, from the main thread's start of training on.
-
-    peers: peers.Peers, where there are others.
-    """
+    """Watches over this process; made in the main thread. peers: peers.Peers, if it has any."""
 
     def __init__(self, rank=0, world_size=1, peers=None, hang_timeout=900.0, max_hours=None):
         self.rank, self.world_size, self.peers = rank, world_size, peers
@@ -136,6 +135,8 @@ class Supervisor:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._deadline = None if max_hours is None else _STARTED + 3600 * max_hours
         self._beat, self._pieces = time.monotonic(), 0
+        self.outlived: Callable[[], str | None] = lambda: None  # who else writes to our folders now
+        self._look_at = 0.0
         self._closed = threading.Event()
         self._pids = self._share_pids()
         global _at_work
@@ -158,10 +159,16 @@ class Supervisor:
             self._beat = now
         if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
+        if self._stop is None and now > self._look_at:
+            self._look_at = now + 1
+            if other := self.outlived():
+                self._stop = (1, other)
 
     def written(self) -> None:
         """Say the same for all ranks, from the thread that writes a checkpoint: they may have to
-        wait for a disk slower than hang_timeout."""
+        wait for a disk slower than hang_timeout. Raise OSError if another run has its folder."""
+        if other := self.outlived():
+            raise OSError(errno.EBUSY, other)
         self._pieces += 1
         self._beat = time.monotonic()
 
@@ -186,7 +193,7 @@ class Supervisor:
         if isinstance(error, StopRequested):
             if self.rank > 0 and self._stop is None:  # trouble of this rank alone
                 print(f"rank {self.rank}: {error}", file=sys.stderr)
-                self._stop = (error.code, error.reason)  # the watching thread tells rank 0
+                self._stop = (error.code, str(error))  # the watching thread tells rank 0
             return error
         if self.world_size == 1 or not is_lost_peer(error):
             raise error

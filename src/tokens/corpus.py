@@ -40,8 +40,8 @@ BACK = 64  # bytes of context that the search for a cut may look back
 
 
 def cutter(file: SourceFile, separator: str):
-    """The function cut(data, least): the first place at or after `least` where `data` may be cut
-    between documents, or between tokens of one; -1 if there is none."""
+    """Return the function cut(data, least): the first place at or after `least` where `data` may be
+    cut between documents, or between tokens of one; -1 if there is none."""
     if file.kind == "jsonl":
         separator = "\n"
     return functools.partial(cut_after, separator=separator) if separator else cut_before_space
@@ -49,7 +49,7 @@ def cutter(file: SourceFile, separator: str):
 
 @functools.cache
 def separator_pattern(separator: str, at_cut: bool = False) -> re.Pattern[bytes]:
-    """A separator in bytes; its line ends may be those of Windows.
+    """Return a separator as bytes to be found; its line ends may be those of Windows.
 
     at_cut: not inside of a run of its characters, where pairs depend on the beginning of the run.
     """
@@ -62,7 +62,7 @@ def separator_pattern(separator: str, at_cut: bool = False) -> re.Pattern[bytes]
 
 
 def overlaps(separator: str) -> bool:
-    """Does a separator end as it begins? Then where it stands depends on what was read before."""
+    """Say if a separator ends as it begins: then where it stands depends on what was before."""
     return any(separator[:i] == separator[-i:] for i in range(1, len(separator)))
 
 
@@ -83,8 +83,8 @@ BEFORE_SPACE = re.compile(
 
 
 def cut_before_space(data, least: int) -> int:
-    """GPT-2's pattern has no piece in which white space follows something else, and never looks
-    back: before such a space a piece always begins, so the tokens on both sides stay the same."""
+    """Find a place before white space. GPT-2's pattern has no piece in which white space follows
+    something else, and never looks back: a piece always begins there, the tokens stay the same."""
     for match in BEFORE_SPACE.finditer(data, max(0, least - 4)):
         if match.end() >= least:
             return match.end()
@@ -92,7 +92,7 @@ def cut_before_space(data, least: int) -> int:
 
 
 def cut_stream(chunks, cut):
-    """Blocks of at least UNIT bytes; where they end depends on the content alone."""
+    """Yield blocks of at least UNIT bytes; where they end depends on the content alone."""
     buffer, search = bytearray(), UNIT
     for chunk in chunks:
         buffer += chunk
@@ -230,7 +230,7 @@ def record_blocks(values, done: int):
 
 def parquet_spans(index: int, file: SourceFile, key: str, done: int):
     """Yield row groups; the rows of large ones are read here, some at a time. done: in rows."""
-    parquet, row = open_parquet(file.path, file.size, key), 0
+    parquet, row = open_parquet(file.path, key), 0
     for group in range(parquet.metadata.num_row_groups):
         info = parquet.metadata.row_group(group)
         begin, row = row, row + info.num_rows
@@ -253,7 +253,7 @@ def parquet_spans(index: int, file: SourceFile, key: str, done: int):
 def check_columns(file: SourceFile, key: str) -> None:
     """Raise ValueError if a file has a damaged end or no column `key`; without reading it all."""
     if file.kind == "parquet" and "://" not in file.path:
-        open_parquet(file.path, file.size, key)
+        open_parquet(file.path, key)
     elif file.kind == "csv" and not file.pipe:
         next(csv_records(Content(file), key), None)
 
@@ -291,7 +291,7 @@ def read_span(span: Span, options: dict, counts: Tally):
     document, which begins with this span if `span.first`. Everything odd is counted."""
     file, data, key = span.file, span.data, options["text_key"]
     if span.row_group is not None:
-        parquet = open_parquet(file.path, file.size, key)
+        parquet = open_parquet(file.path, key)
         for values in row_batches(parquet, file, 4096, span.row_group, key):
             yield checked(values, counts)
     elif isinstance(data, list):
@@ -314,7 +314,7 @@ def read_span(span: Span, options: dict, counts: Tally):
 
 
 def with_bad_bytes(text):
-    """Bytes instead of a string in which bytes that are no UTF-8 stand as lone surrogates."""
+    """Return bytes for a string in which bytes that are no UTF-8 stand as lone surrogates."""
     if isinstance(text, str) and not text.isascii():
         try:
             text.encode()
@@ -325,7 +325,7 @@ def with_bad_bytes(text):
 
 
 def checked(values, counts: Tally) -> list[str]:
-    """The texts among `values` (strings or bytes), everything odd counted."""
+    """Return the texts among `values` (strings or bytes), and count everything odd."""
     texts = []
     for text in values:
         if isinstance(text, bytes):
@@ -337,12 +337,9 @@ def checked(values, counts: Tally) -> list[str]:
             continue
         texts.append(text)
         counts["characters"] += len(text)
-        if not text:
-            counts["empty"] += 1
-        if "\0" in text:
-            counts["with_nul"] += 1
-        if len(text) > HUGE:
-            counts["huge"] += 1
+        counts["empty"] += not text
+        counts["with_nul"] += "\0" in text
+        counts["huge"] += len(text) > HUGE
     return texts
 
 
@@ -357,7 +354,7 @@ def decode(data: bytes, counts: Tally) -> str:
 
 
 def split_parts(data: bytes, separator: str, counts: Tally) -> list[str]:
-    """The parts of `data` between separators, without the blank ones."""
+    """Return the parts of `data` between separators, without the blank ones."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -375,7 +372,7 @@ def split_parts(data: bytes, separator: str, counts: Tally) -> list[str]:
 
 
 def json_texts(data: bytes, key: str, counts: Tally) -> list[str]:
-    """The texts of a block of JSON lines."""
+    """Return the texts of a block of JSON lines."""
     values = []
     for line in split_parts(data, "\n", counts):
         try:

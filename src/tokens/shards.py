@@ -92,8 +92,8 @@ def _open(path: Path):
 
 
 def open_shard(path: Path, entry: dict | None = None) -> Shard:
-    """Recognise a shard by its content. ValueError if it cannot be one, or is not what its manifest
-    entry says; its tokens are not read here."""
+    """Recognise a shard by its content; its tokens are not read here. Raise ValueError if it cannot
+    be one, or is not what its manifest entry says."""
     again = "prepare it again, or fetch it again"
     try:
         size = path.stat().st_size
@@ -154,7 +154,7 @@ SPLIT_IN_NAME = re.compile(r"(?<![a-z])(training|train|validation|valid|val)(?![
 
 
 def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | None]]:
-    """The split's shard files in name order, each with its manifest entry if there is one."""
+    """Return the split's shard files in name order, each with its manifest entry or None."""
     folder = Path(data_dir)
     prepare = "prepare data with python src/prepare_data.py"
     if not folder.is_dir():
@@ -200,7 +200,7 @@ def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | Non
 
 
 def read_manifest(folder: Path) -> dict[str, dict] | None:
-    """Shard entries of manifest.json by name; None without one. Nothing in it is trusted."""
+    """Return the entries of manifest.json by name; None without one. Nothing in it is trusted."""
     path = folder / MANIFEST
     fix = "prepare the folder again, or delete the manifest to have its shards taken as they are"
     try:
@@ -235,7 +235,7 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
 
 
 def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction]]:
-    """ "DIR", "A:0.7 B:0.3" or a list of such -> [(folder, share)], the shares adding up to 1.
+    """Turn "DIR", "A:0.7 B:0.3" or a list of such into [(folder, share)] that add up to 1.
 
     In one text a folder with a blank in its name is quoted as in a shell: "'my books:0.7' B:0.3".
     """
@@ -350,11 +350,11 @@ class TokenStream:
 
 
 def open_split(data_dir: str | Path, split: str) -> TokenStream:
-    """The stream over the `split` ("train" or "val") shards of a folder.
+    """Open the stream over the `split` ("train" or "val") shards of a folder.
 
     Checked here: sizes and headers of all shards against each other and the manifest, and token
     ids, of a small set in full, else in a few blocks of each shard (every window is checked again
-    when it is read). ValueError names the folder or file and the fix.
+    when it is read). Raise ValueError with the folder or file and the fix.
     """
     return TokenStream([open_shard(*found) for found in list_shards(data_dir, split)])
 
