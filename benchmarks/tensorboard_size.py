@@ -85,7 +85,7 @@ def write_run(cfg: ti.Config, floor: float = 2.9, histograms_of: MadeUpModel | N
     model = histograms_of or MadeUpModel(cfg)
     run = SimpleNamespace(
         cfg=cfg, state=state, model=model, hellaswag_items=range(10_042), asked=set(),
-        dist=SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu")),
+        dist=SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"), peers=None),
         train_data=SimpleNamespace(num_windows=10_000_000_000 // cfg.seq_len),
         dtype=torch.bfloat16, resumed_from=None, resumes_own_name=False,
     )  # fmt: skip
