@@ -106,13 +106,15 @@ class Nodes:
         ip("link", "set", f"v{self.tag}-{i}", "up")
 
     def workers(self, i: int) -> list[int]:
-        """Process ids of the training program on node i."""
+        """Process ids of the training program on node i, without those that have ended but whose
+        torchrun, which waits for the network, has not noticed."""
         process = self.processes[i]
         if process.poll() is not None:
             return []
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         with contextlib.suppress(OSError):
-            return [int(pid) for pid in children.read_text().split()]
+            pids = map(int, children.read_text().split())
+            return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes()]
         return []
 
     def wait_for(self, condition, limit: float = 120) -> None:

@@ -12,6 +12,7 @@ import torch
 import train_improved as ti
 from conftest import ROOT, SCRIPT, run
 from monitoring import summary
+from runtime import planning
 from test_training import checkpoint, logged
 
 
@@ -133,6 +134,14 @@ def test_resume_on_another_process_count_or_micro_batch(tmp_path, data, nproc, m
     ):
         assert step == step_ and value == pytest.approx(value_, rel=1e-4)
     assert one["Training/epoch"][5:] == two["Training/epoch"]
+
+
+def test_what_would_divide_the_batch_is_said():
+    cfg = ti.Config(model="tiny", total_batch_size=1024)
+    ti.resolve_model(cfg, "cpu")
+    planning.validate(cfg, 4)
+    with pytest.raises(ValueError, match=r"nearest is 1152, or start 1 or 2 or 4 process\(es\)"):
+        planning.validate(cfg, 3)
 
 
 ITEM = {"activity_label": "Walking", "ctx": "A man walks into a bar. He", "label": 1}
