@@ -144,6 +144,61 @@ def volume(params: int, blocks: int, n: int, mode: str) -> float:
     return share * (2 * params if mode == "replicate" else params + blocks + params)
 
 
+def held_bytes(preset: str, n: int) -> list[int]:
+    """Bytes of weights, gradients and moments in each of n processes that share a model out: of
+    the tensors that FSDP2 and the optimizer make, without memory or network (PyTorch's fake ones).
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import train_improved as ti
+    from training import sharding
+
+    held = []
+    for rank in range(n):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=n)
+        with torch.device("meta"):
+            model = ti.GPT(**ti.PRESETS[preset])
+        if n > 1:
+            sharding.shard(model)
+        optimizer = ti.make_optimizer(model, ti.Config(optimizer="adamw"))
+        for group in optimizer.param_groups:
+            group["fused"] = False  # no kernel for a device without memory
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        kept = [*model.parameters(), *(p.grad for p in model.parameters())]
+        kept += [t for of_one in optimizer.state.values() for t in of_one.values()]
+        held.append(sum(sharding.local(tensor).nbytes for tensor in kept))
+        dist.destroy_process_group()
+    return held
+
+
+def memory_rows() -> list[list[str]]:
+    import torch
+
+    import train_improved as ti
+    from training.memory import training_bytes
+
+    rows = []
+    for preset in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        with torch.device("meta"):
+            model = ti.GPT(**ti.PRESETS[preset])
+        state = 16e-9 * model.num_params()
+        for n in (1, 2, 4):
+            held, gpu = held_bytes(preset, n), torch.device("cuda")
+            needs = [
+                training_bytes(model, torch.bfloat16, 1, gpu, True, n, sharded=sharded)
+                for sharded in (False, True)
+            ]
+            rows.append([
+                preset, str(n), f"{max(held) / 1e9:.3f}", f"{min(held) / 1e9:.3f}",
+                f"{state / n:.3f}", *(f"{need / 1e9:.1f}" for need in needs),
+            ])  # fmt: skip
+    return rows
+
+
 # --- Expected: GPUs -------------------------------------------------------------------------------
 
 
@@ -213,6 +268,11 @@ def document() -> str:
          "s synchronised", "s all-reduce", "early"],
         rows,
     )  # fmt: skip
+    memory = table(
+        ["model", "processes", "most GB held", "least", "by theory", "needs replicated",
+         "needs sharded"],
+        memory_rows(),
+    )  # fmt: skip
     plans = []
     for name, (n, flops, bandwidth) in MACHINES.items():
         for mode in ("replicate", "shard") if n > 1 else ("replicate",):
@@ -241,6 +301,16 @@ sequences per process, float32, gloo over loopback on {os.cpu_count()} cores, Py
   are the embeddings: tied to the output matrix, their gradient is complete last.
 
 {measured}
+
+## Memory of a process
+
+Weights, gradients and moments (float32, AdamW) that each process holds under `--shard`: counted on
+the tensors that FSDP2 makes, beside 16 bytes per parameter over the processes. Rows of a matrix are
+not divided, so that the last process may hold less. *Needs* is what `--dry_run` expects in all of a
+GPU in bfloat16 with one sequence at a time and gradients that accumulate, GB: those wait in full,
+and an evaluation has the weights whole.
+
+{memory}
 
 ## Expected of GPUs
 

@@ -72,14 +72,15 @@ class Nodes:
         """What node i has at `self.local`."""
         return self.local if self.shared else self.folder / f"disk{i}"
 
-    def start(self, i: int, *flags, nnodes=None, restarts=0, script=SCRIPT) -> None:
-        """The training program on node i, under torchrun; what it says is in `said(i)`."""
+    def start(self, i: int, *flags, nnodes=None, restarts=0, host=1) -> None:
+        """The training program on node i, under torchrun, whose rendezvous node `host` has; what it
+        says is in `said(i)`."""
         torchrun = (
             f"--nnodes {nnodes or self.count} --nproc_per_node 1 --max-restarts {restarts} "
-            f"--rdzv_backend c10d --rdzv_endpoint 10.77.0.1:29400 --rdzv_id x --local_addr "
-            f"10.77.0.{i} --rdzv_conf is_host={int(i == 1)},last_call_timeout=5"
+            f"--rdzv_backend c10d --rdzv_endpoint 10.77.0.{host}:29400 --rdzv_id x --local_addr "
+            f"10.77.0.{i} --rdzv_conf is_host={int(i == host)},last_call_timeout=5"
         )
-        words = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), script, *FLAGS]
+        words = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), SCRIPT, *FLAGS]
         words += ["--tensorboard_dir", self.local / "runs", "--checkpoint_dir", self.local / "ck"]
         mount = "" if self.shared else f"mount --bind {self.disk(i)} {self.local}; "
         shell = f'mount --make-rprivate /; {mount}exec "$@"'
@@ -105,13 +106,15 @@ class Nodes:
         ip("link", "set", f"v{self.tag}-{i}", "up")
 
     def workers(self, i: int) -> list[int]:
-        """Process ids of the training program on node i."""
+        """Process ids of the training program on node i, without those that have ended but whose
+        torchrun, which waits for the network, has not noticed."""
         process = self.processes[i]
         if process.poll() is not None:
             return []
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         with contextlib.suppress(OSError):
-            return [int(pid) for pid in children.read_text().split()]
+            pids = map(int, children.read_text().split())
+            return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes()]
         return []
 
     def wait_for(self, condition, limit: float = 120) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import math
 import os
 import pty
@@ -263,6 +264,22 @@ def test_folders_removed_in_mid_run_come_back(tmp_path, data):
     assert process.returncode == 0 and "Traceback" not in err, err
     assert saved_steps(tmp_path) == [110, 115, 120], out
     assert logged(tmp_path / "runs" / "a")["Loss/train"][-1][0] == 120
+
+
+def test_a_run_whose_folder_another_one_has_taken_writes_nothing_more(tmp_path, data):
+    """A network file system gives the lock away while a machine is cut off for long."""
+    flags = "--max_steps 5000 --eval_freq 0 --checkpoint_freq 1 --keep_checkpoints 5000".split()
+    process = start(*flags, "--run_name", "a", "--sample_freq", 0, cwd=tmp_path, data=data)
+    wait_for_step(process, 5)
+    os.kill(process.pid, signal.SIGSTOP)
+    taken = {"host": "node9", "pid": 77, "time": 1.79e9, "job": None}
+    (tmp_path / "checkpoints" / "a" / ".lock").write_text(json.dumps(taken))
+    before = saved_steps(tmp_path)
+    os.kill(process.pid, signal.SIGCONT)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, out
+    assert "is now in use by process 77 on node9 (since " in out
+    assert saved_steps(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["terminal", "full disk"])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import train_improved as ti
 from conftest import ROOT, read_scalars, run, start
 from monitoring import energy, event_files, health, summary
+from test_faults import workers_of
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
 from tokens import stream
 
@@ -424,6 +425,32 @@ def test_a_sick_run_and_its_resume_say_the_same_once(tmp_path, data):
         "loss flat",
     ]
     assert logged(folders[1])["Health/warnings"][-1] == (800, 0)
+
+
+@pytest.mark.parametrize("mode", ["--no-compile", "--shard"])
+def test_a_process_that_holds_up_the_others_is_named(tmp_path, data, mode):
+    """One of two is stopped for two thirds of the time, in small pieces."""
+    flags = "--max_steps 5000 --eval_freq 0 --sample_freq 0 --checkpoint_freq 0 --run_name a"
+    flags = [*flags.split(), "--total_batch_size", 64, mode]
+    process = start(*flags, cwd=tmp_path, data=data, nproc=2)
+    wait_for_step(process, 1)
+    worker, over = max(workers_of(process)), threading.Event()
+
+    def slow():
+        while not over.wait(0.02):
+            os.kill(worker, signal.SIGSTOP)
+            time.sleep(0.04)
+            os.kill(worker, signal.SIGCONT)
+
+    slowing = threading.Thread(target=slow)
+    slowing.start()
+    lines = iter(process.stdout.readline, "")
+    warning = next((line for line in lines if "one process lags" in line), "")
+    over.set()
+    slowing.join()
+    process.terminate()
+    process.communicate(timeout=100)
+    assert re.search(r"WARNING step \d+: .* = \d+\.\d+ \(rank 1 on \S+: ", warning)
 
 
 # --- Cost -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import SCRIPT, SMALL, environment, run
+from conftest import ROOT, SCRIPT, SMALL, environment, run
 from runtime import launch
 from test_training import checkpoint, logged
 
@@ -135,6 +135,26 @@ def test_empty_variables_count_as_not_set(variables):
     launch.adopt_slurm(env)
     launch.check_environment(env)
     assert not env.get("WORLD_SIZE")
+
+
+@pytest.mark.parametrize(
+    "torchrun, variables, words",
+    [
+        ("--nnodes=1:3", {}, ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "--rdzv_id=NAME"]),
+        ("--nnodes 1:3", {"TORCHELASTIC_RUN_ID": "x"}, ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]),
+        ("--nnodes=2", {}, []),
+    ],
+)
+def test_what_elastic_machines_need_is_said(torchrun, variables, words):
+    child = "import os; from runtime import launch; print(launch.what_elastic_needs(os.environ))"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    env = environment() | {"PYTHONPATH": str(ROOT / "src"), "TORCHELASTIC_RUN_ID": "none"}
+    command = [sys.executable, "-c", code, "torchrun", *torchrun.split(), "train_improved.py"]
+    said = subprocess.run(command, env=env | variables, capture_output=True, text=True).stdout
+    assert bool(said.strip()) == bool(words)
+    for word in words:
+        assert word in said
+    assert words or "--rdzv_id" not in said
 
 
 def test_a_torn_environment_is_an_error():

@@ -12,15 +12,26 @@ from conftest import run
 from nodes import FLAGS, Nodes, NotPermitted
 from test_training import logged
 
+SAME = "--use_tensorboard --run_name a --max_lr 1e-3 --min_lr 1e-3 --warmup_steps 2".split()
+
 
 @pytest.fixture
-def nodes(tmp_path):
+def nodes(tmp_path, request):
+    """2 machines with disks of their own, or what `request.param` says."""
     try:
-        network = Nodes(tmp_path / "nodes", 2)
+        network = Nodes(tmp_path / "nodes", **getattr(request, "param", {"count": 2}))
     except NotPermitted as reason:
         pytest.skip(f"no network namespaces here: {reason}")
     yield network
     network.close()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data):
+    """Losses of a run by one process, whose first steps are those of any shorter one."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(*FLAGS, "--data_dir", data, *SAME, "--max_steps", 120, cwd=folder)
+    return losses(folder)
 
 
 def losses(folder, name="a") -> dict[int, float]:
@@ -30,15 +41,13 @@ def losses(folder, name="a") -> dict[int, float]:
     return dict(values)
 
 
-def test_two_machines_with_disks_of_their_own(nodes, tmp_path, data):
+def test_two_machines_with_disks_of_their_own(nodes, data, alone):
     """They train as one process does, and resume although only one has the checkpoint."""
-    flags = ["--data_dir", data, "--use_tensorboard", "--min_lr", "1e-2", "--warmup_steps", 2]
-    run(*FLAGS, *flags, "--run_name", "a", "--max_steps", 12, cwd=tmp_path)
     for steps in (6, 12):
         for i in (1, 2):
-            nodes.start(i, *flags, "--run_name", "a", "--max_steps", steps, "--resume", "auto")
+            nodes.start(i, "--data_dir", data, *SAME, "--max_steps", steps, "--resume", "auto")
         assert nodes.wait() == {1: 0, 2: 0}, nodes.story()
-    assert losses(nodes.disk(1)) == pytest.approx(losses(tmp_path), rel=2e-5)
+    assert losses(nodes.disk(1)) == pytest.approx({i: alone[i] for i in range(1, 13)}, rel=2e-5)
     assert "step_00000006.pt, step 6" in nodes.said(1)
     assert not (nodes.disk(2) / "ck").exists()
     for i in (1, 2):  # the command for each machine
@@ -67,3 +76,35 @@ def test_a_worker_that_is_killed_comes_back_on_its_machine(nodes, data):
     assert "2 process(es)" in nodes.said(1).split("resuming from")[1]
     nodes.processes[2].send_signal(signal.SIGTERM)
     nodes.wait_for(lambda: "received SIGTERM (rank 1): saving and leaving" in nodes.said(1))
+
+
+@pytest.mark.parametrize("nodes", [{"count": 3, "shared": True}], indirect=True)
+def test_three_machines_one_is_lost_and_comes_back(nodes, data, alone):
+    """Whoever is there goes on by itself, on the same batches."""
+    flags = ["--data_dir", data, *SAME, "--max_steps", 120, "--checkpoint_freq", 5]
+    for i in (1, 2, 3):
+        nodes.start(i, *flags, nnodes="1:3", restarts=5)
+    nodes.wait_for_step(10)
+    for pid in (nodes.processes[3].pid, *nodes.workers(3)):
+        os.kill(pid, signal.SIGKILL)
+    nodes.wait_for(lambda: "2 process(es)" in nodes.said(1))
+    nodes.start(3, *flags, nnodes="1:3", restarts=5)
+    nodes.wait_for(lambda: nodes.said(1).count("3 process(es)") == 2)
+    assert nodes.wait() == {1: 0, 2: 0, 3: 0}, nodes.story()
+    assert losses(nodes.local) == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("nodes", [{"count": 2, "shared": True}], indirect=True)
+def test_after_a_partition_only_one_side_writes(nodes, data, alone):
+    """Rank 0, which writes, is cut off from the rendezvous, with which the other side goes on."""
+    flags = ["--data_dir", data, *SAME, "--max_steps", 120, "--checkpoint_freq", 5]
+    for i in (1, 2):
+        nodes.start(i, *flags, "--hang_timeout", 8, nnodes="1:2", restarts=5, host=2)
+    nodes.wait_for_step(10)
+    nodes.cut(1)
+    nodes.wait_for(lambda: "| loss" in nodes.said(2))  # it is rank 0 now
+    assert not nodes.workers(1), nodes.story()  # the first writer has ended
+    nodes.heal(1)
+    nodes.wait_for(lambda: nodes.processes[2].poll() is not None)
+    assert nodes.processes[2].returncode == 0, nodes.story()
+    assert losses(nodes.local) == pytest.approx(alone, rel=1e-4)

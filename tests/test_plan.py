@@ -12,6 +12,7 @@ import torch
 import train_improved as ti
 from conftest import ROOT, SCRIPT, run
 from monitoring import summary
+from runtime import planning
 from test_training import checkpoint, logged
 
 
@@ -135,14 +136,28 @@ def test_resume_on_another_process_count_or_micro_batch(tmp_path, data, nproc, m
     assert one["Training/epoch"][5:] == two["Training/epoch"]
 
 
+def test_what_would_divide_the_batch_is_said():
+    cfg = ti.Config(model="tiny", total_batch_size=1024)
+    ti.resolve_model(cfg, "cpu")
+    planning.validate(cfg, 4)
+    with pytest.raises(ValueError, match=r"nearest is 1152, or start 1 or 2 or 4 process\(es\)"):
+        planning.validate(cfg, 3)
+
+
 ITEM = {"activity_label": "Walking", "ctx": "A man walks into a bar. He", "label": 1}
 
 
-def test_hellaswag_while_training(tmp_path, data):
-    with (tmp_path / "items.jsonl").open("w") as file:
+def hellaswag_file(folder):
+    """Seven items, so that two and three processes have other shares."""
+    with (folder / "items.jsonl").open("w") as file:
         for i in range(7):
             endings = [f"sits down {i}.", "orders a drink.", "flies away to the moon.", "is a bar."]
             file.write(json.dumps(ITEM | {"ind": i, "endings": endings, "label": i % 4}) + "\n")
+    return file.name
+
+
+def test_hellaswag_while_training(tmp_path, data):
+    hellaswag_file(tmp_path)
     flags = "--max_steps 4 --eval_freq 2 --use_tensorboard --hellaswag_file items.jsonl"
     values = {}
     for name, nproc in (("one", None), ("two", 2)):

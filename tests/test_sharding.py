@@ -12,6 +12,7 @@ import torch
 
 from conftest import SCRIPT, environment, run, start
 from test_faults import faulty, saved_steps, wait_for_step, workers_of
+from test_plan import hellaswag_file
 from test_training import checkpoint, logged
 
 # The rate is constant after warm-up, so that the length of a part plays no part.
@@ -23,10 +24,11 @@ FLAGS = (
 
 def test_a_run_through_all_modes_is_one_run(tmp_path, data):
     """2 sharded processes, then 1, then 3 sharded: each goes on from what the one before saved."""
-    run(*FLAGS, "--run_name", "whole", "--max_steps", 9, cwd=tmp_path, data=data)
+    items = ["--hellaswag_file", hellaswag_file(tmp_path)]
+    run(*FLAGS, *items, "--run_name", "whole", "--max_steps", 9, cwd=tmp_path, data=data)
     modes = [(2, ["--shard"]), (None, []), (3, ["--shard", "--activation_checkpointing"])]
     for steps, (nproc, more) in zip((3, 6, 9), modes, strict=True):
-        more += ["--run_name", "parts", "--resume", "auto", "--max_steps", steps]
+        more += [*items, "--run_name", "parts", "--resume", "auto", "--max_steps", steps]
         run(*FLAGS, *more, cwd=tmp_path, data=data, nproc=nproc)
     ours, theirs = (logged(tmp_path / "runs" / name) for name in ("parts", "whole"))
     # Three times as many processes sum in another order, and AdamW makes much of tiny gradients.
@@ -38,6 +40,8 @@ def test_a_run_through_all_modes_is_one_run(tmp_path, data):
         assert [step for step, _ in ours[tag]] == [step for step, _ in theirs[tag]], tag
         values = [value for _, value in theirs[tag]]
         assert [value for _, value in ours[tag]] == pytest.approx(values, rel=tolerance), tag
+    assert [step for step, _ in ours["Evaluation/hellaswag_accuracy"]] == [0, 3, 6, 9]
+    assert ours["Evaluation/hellaswag_accuracy"] == theirs["Evaluation/hellaswag_accuracy"]
     assert ours.keys() == theirs.keys()  # histograms, update ratios, samples and all
     whole, parts = (
         torch.load(checkpoint(tmp_path, 9, name), weights_only=True) for name in ("whole", "parts")

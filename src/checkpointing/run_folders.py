@@ -9,7 +9,6 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import ClassVar
 
 from basics.durable import make_folder
 from checkpointing.files import (
@@ -20,7 +19,6 @@ from checkpointing.files import (
     Info,
     is_known_good,
     read_info,
-    saved_at,
     step_path,
     verify,
 )
@@ -74,14 +72,16 @@ def find_latest(folder) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Return as `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
-
-    def when(candidate: Info) -> float:
-        with contextlib.suppress(CheckpointError):
-            return saved_at(read_info(candidate.path), candidate.mtime)
-        return candidate.mtime
-
     candidates = [c for run in run_folders(checkpoint_dir) for c in list_checkpoints(run)]
-    return _first_whole(sorted(candidates, key=lambda c: (when(c), c.step), reverse=True))
+    return _first_whole(sorted(candidates, key=lambda c: (saved_at(c), c.step), reverse=True))
+
+
+def saved_at(checkpoint: Info) -> float:
+    """Return the Unix time at which it was saved, or else its file's."""
+    with contextlib.suppress(CheckpointError):
+        value = read_info(checkpoint.path).get("saved_at")
+        return value if isinstance(value, int | float) else checkpoint.mtime
+    return checkpoint.mtime
 
 
 def run_folders(checkpoint_dir) -> list[Path]:
@@ -180,7 +180,7 @@ def validate_run_name(name: str) -> str:
 
 
 def run_folder(base, name: str) -> Path:
-    """`base`/`name`, which need not exist; ValueError if it leads out of `base` (a link)."""
+    """Return `base`/`name`, there or not yet; ValueError if it leads out of `base` (a link)."""
     folder = Path(base) / validate_run_name(name)
     resolved, inside = folder.resolve(), Path(base).resolve()
     if resolved == inside or not resolved.is_relative_to(inside):
@@ -195,7 +195,7 @@ def run_folder(base, name: str) -> Path:
 
 
 class RunLock:
-    """One training run per folder: a lock on `folder`/.lock that dies with the process.
+    """Keeps a folder for one training run: a lock on `folder`/.lock that dies with the process.
 
     A POSIX record lock (`fcntl.lockf`), because it belongs to this process alone: a forked child (a
     loader, a compile worker) that outlives a killed run does not go on holding it, as it would an
@@ -204,88 +204,101 @@ class RunLock:
     is only for the message: after a crash it is stale, and the lock is free all the same.
     """
 
-    # (process, lock file): the kernel does not exclude a process from its own locks
-    _held: ClassVar[set[tuple[int, str]]] = set()
-
     def __init__(self):
         self.path: Path | None = None
         self.fd: int | None = None
+        self._content = b""
 
     def acquire(self, folder, patience: float = 0.0) -> "RunLock":
         """Take the lock of `folder`, which another process may hold for `patience` seconds more;
         then ValueError names its host and number."""
-        assert self.fd is None
         if fcntl is None:
             return self
         path = Path(folder).resolve() / ".lock"
         make_folder(path.parent)
-        if (os.getpid(), str(path)) in self._held:
-            raise ValueError(f"{folder} is in use by this very process ({os.getpid()})")
-        while True:
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            except OSError as e:
-                raise ValueError(f"cannot lock {folder}: {path}: {e.strerror}") from None
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    break
-            except FileNotFoundError:
-                pass  # removed between opening and locking: what we hold is nobody's lock
-            except OSError as e:
-                if e.errno in (errno.EACCES, errno.EAGAIN):
-                    holder = self._holder(fd)
-                    os.close(fd)
-                    if patience > 0:
-                        time.sleep(1)
-                        patience -= 1
-                        continue
-                    raise ValueError(
-                        f"{folder} is in use by {holder}: stop it or choose another --run_name"
-                    ) from None
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as e:
+            raise ValueError(f"cannot lock {folder}: {path}: {e.strerror}") from None
+        while not _try_lock(fd):
+            if patience <= 0:
+                holder = _holder(fd)
                 os.close(fd)
-                if e.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    return self  # a file system without locks
-                raise
-            os.close(fd)
+                raise ValueError(
+                    f"{folder} is in use by {holder}: stop it or choose another --run_name"
+                )
+            time.sleep(1)
+            patience -= 1
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        content["job"] = torchrun_job()
+        content = json.dumps(content | {"job": torchrun_job()}).encode("ascii")
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            os.ftruncate(fd, os.pwrite(fd, json.dumps(content).encode("ascii"), 0))
+            os.ftruncate(fd, os.pwrite(fd, content, 0))
+            self._content = content
         self.fd, self.path = fd, path
-        self._held.add((os.getpid(), str(path)))
         return self
 
     def holds(self, folder) -> bool:
         """Return whether this is the lock of `folder`."""
         return self.path is not None and self.path.parent == Path(folder).resolve()
 
-    @staticmethod
-    def _holder(fd: int) -> str:
-        for _ in range(20):  # the holder may be about to write its name
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                content = json.loads(os.pread(fd, 4096, 0))
-                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["time"]))
-                return f"process {content['pid']} on {content['host']} (since {since})"
-            time.sleep(0.05)
+    def lost_to(self) -> str | None:
+        """Return who has the lock now, if this process had it and has it no more.
+
+        A network file system gives it away when the holder's machine has been cut off, or stood
+        still, for longer than a lease (NFS 4: some 90 s). To lock again what is held changes
+        nothing, but asks the server, and what is read after that is what is there.
+        """
+        if self.fd is None:
+            return None
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+                ours = self._content in (b"", os.pread(self.fd, 4096, 0))
+                return None if ours else _holder(self.fd)
+        except FileNotFoundError:
+            return None  # somebody removed the folder: nobody else has it
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EIO):
+                return None
         return "another process"
 
     def release(self) -> None:
         """Give the lock back; the file stays, since removing it would race with the next owner."""
         if self.fd is not None:
-            self._held.discard((os.getpid(), str(self.path)))
             os.close(self.fd)
             self.fd = self.path = None
 
 
+def _try_lock(fd: int) -> bool:
+    """Lock the file, if its file system has locks; return False if another process holds it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
+
+
+def _holder(fd: int) -> str:
+    for _ in range(20):  # the holder may be about to write its name
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = json.loads(os.pread(fd, 4096, 0))
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["time"]))
+            return f"process {content['pid']} on {content['host']} (since {since})"
+        time.sleep(0.05)
+    return "another process"
+
+
 def torchrun_job() -> str | None:
-    """What --rdzv_id calls the job that this process belongs to, if it does."""
+    """Return what --rdzv_id calls the job that this process belongs to, if it does."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if job == "none" else job
 
 
 def run_of_job(checkpoint_dir) -> str | None:
-    """Name of the run whose folder a process of our job claimed last, if one did."""
+    """Return the name of the run whose folder a process of our job claimed last, if one did."""
     found = []
     for folder in run_folders(checkpoint_dir) if torchrun_job() else ():
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):

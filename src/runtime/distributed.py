@@ -14,6 +14,7 @@ import torch.distributed
 
 from checkpointing import run_folders
 from runtime import launch, machine
+from runtime.own_work import OwnWork
 from runtime.peers import SILENCE, Peers
 
 MINUTE = 60.0
@@ -55,7 +56,10 @@ class Distributed:
         self.device = machine.choose_device(device, self.local_rank, self.world_size)
         self.board = None  # torchrun's key-value store, which outlives its restarts
         self.peers = None
+        self.work = OwnWork(self.device)
         self.starts = [launch.start_words(env)]  # of all machines, where they differ
+        if self.is_main and (needs := launch.what_elastic_needs(env)):
+            print(f"note: {needs}", file=sys.stderr, flush=True)
         timeout = timedelta(seconds=hang_timeout + 60)  # the supervisor's stacks come first
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # also of a process that is alone now
             address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
@@ -73,7 +77,9 @@ class Distributed:
             torch.distributed.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
             )
-            self.peers = Peers(store, self.rank, self.world_size, min(SILENCE, hang_timeout))
+            self.peers = Peers(
+                store, self.rank, self.world_size, min(SILENCE, hang_timeout), self.work
+            )
 
     # -- Where they meet ---------------------------------------------------------------------------
 

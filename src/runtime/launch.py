@@ -12,6 +12,7 @@ from pathlib import Path
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 COUNTS = (*TORCHRUN, "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 OWN_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # "True": asked for its store, even by one process
+SHARE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 VARIABLES = (*COUNTS, "MASTER_ADDR", "MASTER_PORT", OWN_STORE)
 # From here on: steps that are no parallel program, the batch script or an interactive shell.
 SPECIAL_STEPS = 0xFFFFFFF0
@@ -140,6 +141,21 @@ def start_words(env) -> list[str]:
     meeting = f"--rdzv_endpoint={env.get('MASTER_ADDR')}:{PORTS[0]}"
     nodes = [f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
     return [*torchrun, *nodes, "--rdzv_backend=c10d", meeting]
+
+
+def what_elastic_needs(env) -> str:
+    """Return what torchrun wants to be told beside --nnodes=MIN:MAX, in a sentence; "" if nothing.
+
+    PyTorch 2.13 tells a machine that joins later the address of a store that is gone, unless its
+    machines share none; then only the name of the job says which run a restart goes on with.
+    """
+    nodes = re.search(r"--nnodes[= ](\d+):(\d+)", " ".join(_typed_to_torchrun()))
+    if nodes is None or nodes[1] == nodes[2]:
+        return ""
+    wanted = [] if env.get(SHARE) == "1" else [f"export {SHARE}=1 before torchrun"]
+    wanted += ["--rdzv_id=NAME"] if env.get("TORCHELASTIC_RUN_ID") == "none" else []
+    needs = f"torchrun {nodes[0]} takes machines back only with {' and '.join(wanted)}"
+    return f"{needs}, on all of them: see docs/SEVERAL_MACHINES.md" if wanted else ""
 
 
 def _typed_to_torchrun() -> list[str]:

@@ -18,7 +18,9 @@ def prepare_pass(run, asked: bool | None) -> nn.Module:
         return model if alone else sharding.replicate(model)
 
     if not cfg.compile:
-        return wrap(run.model)
+        train_model = wrap(run.model)
+        dist.work.watch(train_model, run.model)
+        return train_model
     say = functools.partial(print, flush=True) if dist.is_main else lambda text: None
     while True:
         shape = cfg.micro_batch_size, cfg.seq_len + 1
@@ -31,6 +33,7 @@ def prepare_pass(run, asked: bool | None) -> nn.Module:
         machine.empty_cache(dist.device)
     run.optimizer.zero_grad(set_to_none=True)
     train_model, cfg.compile = passed
+    dist.work.watch(train_model, run.model)
     return train_model
 
 

@@ -6,10 +6,12 @@ So the store is talked to in one thread, which may be stuck in a call, and watch
 """
 
 import contextlib
+import os
 import threading
 import time
 
 from basics import terminal
+from runtime.own_work import OwnWork
 from runtime.supervisor import end, is_alive
 
 SILENCE = 75.0  # seconds without a heartbeat after which a process counts as lost
@@ -27,15 +29,16 @@ class Peers:
     thread, with a sentence; until training has begun it ends this process.
     """
 
-    def __init__(self, store, rank: int, world_size: int, limit: float = SILENCE):
-        self.store, self.rank, self.limit = store.clone(), rank, limit
+    def __init__(self, store, rank: int, world_size: int, limit: float, work: OwnWork):
+        self.store, self.rank, self.limit, self.work = store.clone(), rank, limit, work
         self.pids: dict[int, int] = {}
         self.lost: str | None = None
         self.exchange = lambda: None
         self.on_lost = self._end
         others = range(1, world_size) if rank == 0 else [0]
         self._silent = dict.fromkeys(others, 0.0)  # seconds, by rank
-        self.store.set(f"beat/{rank}", "0")  # who reads it waits until it is there
+        self.heard: dict[int, bytes] = {}  # last heartbeats: number, seconds of own work, host
+        self._beat(0)  # who reads it waits until it is there
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -50,12 +53,25 @@ class Peers:
         for thread in self._threads:
             thread.join(2.0)  # it may be stuck in a call that never returns
 
+    def work_by_process(self) -> dict[str, float]:
+        """Rank 0: {process: seconds that it works by itself in a step}; {} before all have said."""
+        found = {f"rank 0 on {os.uname().nodename}": self.work.median}
+        for rank, beat in list(self.heard.items()):
+            if beat != LEFT:
+                _, seconds, host = beat.decode().split(" ", 2)
+                found[f"rank {rank} on {host}"] = float(seconds)
+        return found if all(found.values()) else {}
+
     def _end(self, who: str) -> None:
         terminal.print_error(f"{who}, while this process was starting")
         end(1)
 
+    def _beat(self, number: int) -> None:
+        work = f"{self.work.median:.4g} {os.uname().nodename}"
+        self.store.set(f"beat/{self.rank}", f"{number} {work}")
+
     def _talk(self) -> None:
-        beats, next_beat, heard = 0, 0.0, {}
+        beats, next_beat = 0, 0.0
         try:
             while not self._closed.wait(TICK):
                 ended = [rank for rank, pid in self.pids.items() if not is_alive(pid)]
@@ -63,12 +79,12 @@ class Peers:
                     raise ConnectionError  # the store has gone with it
                 if time.monotonic() >= next_beat:
                     beats, next_beat = beats + 1, time.monotonic() + BEAT
-                    self.store.set(f"beat/{self.rank}", str(beats))
+                    self._beat(beats)
                     ranks = list(self._silent)
                     values = self.store.multi_get([f"beat/{rank}" for rank in ranks])
                     for rank, value in zip(ranks, values, strict=True):
-                        if value != heard.get(rank):
-                            heard[rank], self._silent[rank] = value, 0.0
+                        if value != self.heard.get(rank):
+                            self.heard[rank], self._silent[rank] = value, 0.0
                         if value == LEFT:
                             del self._silent[rank]
                 self.exchange()  # which ends this process too if the run is over

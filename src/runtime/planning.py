@@ -214,13 +214,15 @@ def validate(cfg, world_size: int) -> None:
     )
     need(cfg.val_tokens >= cfg.seq_len, "val_tokens", f"is less than one --seq_len {cfg.seq_len}")
     micro = cfg.micro_batch_size or 1
-    unit = cfg.seq_len * world_size * micro
+    unit, one = cfg.seq_len * world_size * micro, cfg.seq_len * micro
     nearest = max(unit, round(cfg.total_batch_size / unit) * unit)
+    counts = [n for n in range(1, 2 * world_size + 1) if cfg.total_batch_size % (one * n) == 0]
+    processes = f", or start {' or '.join(map(str, counts[-3:]))} process(es)" if counts else ""
     need(
         cfg.total_batch_size % unit == 0,
         "total_batch_size",
         f"must be a multiple of {unit} = {cfg.seq_len} tokens x {world_size} process(es) x "
-        f"micro-batch {micro}; the nearest is {nearest}",
+        f"micro-batch {micro}; the nearest is {nearest}{processes}",
     )
     if cfg.max_steps is not None and cfg.warmup_steps is not None:
         fits = cfg.warmup_steps <= cfg.max_steps
@@ -422,6 +424,14 @@ def check_unused(run) -> None:
         raise inputs.wrong("run_name", cfg.run_name, f"{problem}, or choose another name")
 
 
+def outlived(run) -> str | None:
+    """Return a sentence that names who writes to the run's folders now, if it is not this run."""
+    for lock in run.locks:
+        if other := lock.lost_to():
+            return f"{lock.path.parent} is now in use by {other}: this run has been given up"
+    return None
+
+
 def preflight(run, checkpoint: dict | None) -> None:
     """Claim the output folders and try them, before anything expensive. For rank 0."""
     cfg, folder = run.cfg, run.checkpoint_folder
@@ -434,6 +444,8 @@ def preflight(run, checkpoint: dict | None) -> None:
         if not any(lock.holds(path) for lock in run.locks):  # both may be the same folder
             patience = LOCK_PATIENCE if run.restarted else 0.0
             run.locks.append(run_folders.RunLock().acquire(path, patience))
+            if not run.locks[-1].holds(path):
+                warnings.append(f"{path}: a file system without locks keeps no second run out")
     run_folders.sweep(folder)
     for beyond in run_folders.list_checkpoints(folder) if run.resumes_own_name else ():
         if beyond.step > checkpoint["step"]:  # or the next --resume latest would pick it

@@ -18,11 +18,13 @@ watching thread ends them once rank 0 has said that it is done.
 |                                         | may wait for it for ever: then nothing can be saved    |
 |                                         | and the work since the last checkpoint is lost         |
 | torchrun itself was killed              | noticed by the change of parent: as SIGTERM            |
+| the run's folder has another owner      | this one leaves with 1 and saves nothing               |
 | no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, exit 1                  |
 | terminal or pipe of the output is gone  | what is printed is dropped, training goes on           |
 """
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -53,7 +55,7 @@ _at_work = False  # there is a Supervisor, which has the work saved first
 
 
 def begin() -> None:
-    """To be called first, before the slow imports. Until there is a Supervisor a signal ends the
+    """Take the signals, before the slow imports. Until there is a Supervisor a signal ends the
     program at once, without a traceback, and SIGUSR1 has nothing to save.
 
     A thread hears of signals: the main thread may wait in C++ for another process that never
@@ -75,7 +77,7 @@ def _hear(pipe: int) -> None:
 
 
 def _honoured() -> list[signal.Signals]:
-    """The signals that stop a run: SIGHUP only where it is not ignored, as nohup has it."""
+    """Return the signals that stop a run: SIGHUP only where it is not ignored, as by nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
 
@@ -93,11 +95,11 @@ def end(code: int) -> NoReturn:
 
 
 class StopRequested(Exception):
-    """Raised by `poll` on rank 0; `code` is the exit code after the checkpoint, `reason` a text."""
+    """Raised by `poll` on rank 0, with a reason; `code` is the exit code after the checkpoint."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(reason)
-        self.code, self.reason = code, reason
+        self.code = code
 
 
 @contextlib.contextmanager
@@ -110,7 +112,7 @@ def reading():
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether PyTorch says with this exception that another process, or the store, is gone.
+    """Return whether this exception of PyTorch's says that another process, or the store, is gone.
 
     gloo raises plain RuntimeErrors that name its source file; the rest has classes.
     """
@@ -118,7 +120,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 class Supervisor:
-    """One per process, made in the main thread. peers: peers.Peers, where there are others."""
+    """Watches over this process; made in the main thread. peers: peers.Peers, if it has any."""
 
     def __init__(self, rank=0, world_size=1, peers=None, hang_timeout=900.0, max_hours=None):
         self.rank, self.world_size, self.peers = rank, world_size, peers
@@ -133,6 +135,8 @@ class Supervisor:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._deadline = None if max_hours is None else _STARTED + 3600 * max_hours
         self._beat, self._pieces = time.monotonic(), 0
+        self.outlived: Callable[[], str | None] = lambda: None  # who else writes to our folders now
+        self._look_at = 0.0
         self._closed = threading.Event()
         self._pids = self._share_pids()
         global _at_work
@@ -155,15 +159,21 @@ class Supervisor:
             self._beat = now
         if self._stop is None and self._deadline is not None and now > self._deadline:
             self._stop = (0, "--max_hours is over")
+        if self._stop is None and now > self._look_at:
+            self._look_at = now + 1
+            if other := self.outlived():
+                self._stop = (1, other)
 
     def written(self) -> None:
         """Say the same for all ranks, from the thread that writes a checkpoint: they may have to
-        wait for a disk slower than hang_timeout."""
+        wait for a disk slower than hang_timeout. Raise OSError if another run has its folder."""
+        if other := self.outlived():
+            raise OSError(errno.EBUSY, other)
         self._pieces += 1
         self._beat = time.monotonic()
 
     def poll(self, waiting: bool = False, agree=bool, all_ranks: bool = False) -> None:
-        """As `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
+        """Be `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
         where agree(own wish) says on each whether any wants to."""
         self.alive(waiting)
         if agree(self._stop is not None) and (self.rank == 0 or all_ranks):
@@ -173,17 +183,17 @@ class Supervisor:
             raise StopRequested(*self._stop)
 
     def take_save_request(self) -> bool:
-        """True once after a SIGUSR1."""
+        """Return True once after a SIGUSR1."""
         asked, self._save = self._save, False
         return asked
 
     def stop_for(self, error: Exception) -> StopRequested:
-        """What an exception in training means: a reason to stop with the work saved. Raises it
-        again if it is anything but a StopRequested or the loss of another process."""
+        """Return the reason to stop that an exception in training is, where the work can be saved.
+        Raise it again if it is neither a StopRequested nor the loss of another process."""
         if isinstance(error, StopRequested):
             if self.rank > 0 and self._stop is None:  # trouble of this rank alone
                 print(f"rank {self.rank}: {error}", file=sys.stderr)
-                self._stop = (error.code, error.reason)  # the watching thread tells rank 0
+                self._stop = (error.code, str(error))  # the watching thread tells rank 0
             return error
         if self.world_size == 1 or not is_lost_peer(error):
             raise error
@@ -198,7 +208,7 @@ class Supervisor:
         return StopRequested(code, reason)
 
     def leave(self, code: int) -> None:
-        """At the end. Rank 0, after its last checkpoint, tells the others to end with the same exit
+        """Have all end: rank 0, after its last checkpoint, tells the others to, with the same exit
         code; another rank that stops gives rank 0 the time to save."""
         if self.rank == 0 and self.store is not None:
             self.store.set(_LEFT, str(code))
@@ -234,7 +244,7 @@ class Supervisor:
         self._save = True
 
     def _share_pids(self) -> dict[int, int]:
-        """{rank: process id} of the other ranks on this host."""
+        """Return {rank: process id} of the other ranks on this host."""
         if self.store is None:
             return {}
         host, pids = _where_ids_mean_the_same(), {}
@@ -266,7 +276,7 @@ class Supervisor:
     # -- with the others: in the threads of peers.Peers --------------------------------------------
 
     def _on_lost(self, who: str):
-        """Rank 0 saves when it next polls; the others have nothing to save."""
+        """Have rank 0 save when it next polls; the others have nothing to save."""
         if self._stop is None:
             self._stop = (1, who)
         if self.rank > 0:
@@ -275,10 +285,10 @@ class Supervisor:
 
     def _end_for(self, who: str):
         print(f"rank {self.rank}: {who}, this process ends", file=sys.stderr)
-        self._exit_now(self._stop[0] if self._stop else 1)
+        end(self._stop[0] if self._stop else 1)  # the main thread may be stuck in a collective
 
     def _exchange(self):
-        """One look into the store, in both directions."""
+        """Tell the others through the store what happened here, and hear what happened there."""
         if self._stop is not None and not self._told:
             self.store.set(_STOP, f"{self._stop[0]} {self._stop[1]} (rank {self.rank})")
             self._told = True
@@ -297,7 +307,7 @@ class Supervisor:
             if pieces != self._pieces:
                 self._pieces, self._beat = pieces, time.monotonic()
         if self.rank > 0 and self.store.check([_LEFT]):
-            self._exit_now(int(self.store.get(_LEFT).decode()))
+            end(int(self.store.get(_LEFT)))
         if self.store.check([_HANG]) and not self.store.check([f"{_HANG}/{self.rank}"]):
             self._show_stacks(f"rank {self.rank}: stacks, because another rank hangs")
             self.store.set(f"{_HANG}/{self.rank}", "")
@@ -312,7 +322,7 @@ class Supervisor:
             asking = threading.Thread(target=self._ask_for_stacks, daemon=True)
             asking.start()
             asking.join(2 * _GRACE)
-        self._exit_now(1)
+        end(1)
 
     def _ask_for_stacks(self):
         """Give every rank the time to show its stacks too; name those that do not answer."""
@@ -332,10 +342,7 @@ class Supervisor:
     def _show_stacks(self, why: str):
         print(f"\n{why}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
-            faulthandler.dump_traceback(sys.stderr.fileno(), all_threads=True)
-
-    def _exit_now(self, code: int):
-        end(code)  # the main thread may be inside a collective that never returns
+            faulthandler.dump_traceback()
 
 
 def _where_ids_mean_the_same() -> str:
@@ -361,7 +368,7 @@ def is_alive(pid: int) -> bool:
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process, in a word; "running" where it cannot be asked."""
+    """Return the kernel's word for a process; "running" where it cannot be asked."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             letter = file.read().rsplit(")", 1)[1].split()[0]
