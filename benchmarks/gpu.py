@@ -4,12 +4,13 @@
     python benchmarks/gpu.py --part speed waits     these parts alone
     python benchmarks/gpu.py --device cpu --model tiny --quick      the same on a CPU, for CI
 
-Every part runs the training program as a user does and reads what it logged. A part that fails says
-so in its line, and the next one runs. Lines also go to --out.
+Every part runs the training program as a user does and reads what it logged. A part that fails, or
+takes more than 8 minutes, says so in its line, and the next one runs. Lines also go to --out.
 """
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import re
@@ -19,13 +20,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "src" / "train_improved.py"
-PART_SECONDS = 480
+PART_SECONDS, ALL_SECONDS = 480, 1500
+SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --seq_len 64 --total_batch_size 256".split()
 QUIET = "--eval_freq 0 --histogram_freq 0 --checkpoint_freq 0 --hellaswag_freq 0 --sample_freq 0"
 
 
@@ -46,65 +49,74 @@ class Bench:
             self.runs += 1
             flags += ["--run_name", f"run{self.runs}"]
         name = flags[flags.index("--run_name") + 1]
-        command = [sys.executable, *before]
+        command = [sys.executable]
         if torchrun:
             launcher = "-m torch.distributed.run --standalone".split()
             command += [*launcher, f"--nproc_per_node={torchrun}"]
-        if not before:
-            command += [str(SCRIPT)]
         command += [
-            "--device", self.args.device, "--model", self.args.model, "--log_jsonl",
-            "--max_steps", str(steps or self.steps), *flags,
+            *(before or [str(SCRIPT)]), "--device", self.args.device, "--model", self.args.model,
+            "--log_jsonl", "--max_steps", str(steps or self.steps),
+            *(SMALL if self.args.quick else ()), *flags,
         ]  # fmt: skip
-        if "--total_batch_size" not in flags and self.args.quick:
-            command += ["--total_batch_size", "2048"]
+        caches = {"XDG_CACHE_HOME": str(self.folder / "cache"), "PYTHONUNBUFFERED": "1"}
         start = time.monotonic()
         process = subprocess.Popen(
             command,
             cwd=self.folder,
-            env=os.environ | {"XDG_CACHE_HOME": str(self.folder / "cache")} | env,
+            env=os.environ | caches | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        lines, stopped = [], None
+        out, times, stopped = [], {}, []
+
+        def stop():
+            stopped.append(time.monotonic())
+            process.send_signal(signal.SIGTERM)
+
+        left = max(1.0, self.deadline - time.monotonic())
+        timers = [threading.Timer(left, process.kill)]
+        timers[0].start()
+        for line in process.stdout:
+            out.append(line)
+            now = time.monotonic()
+            if "compiling" in times:
+                times.setdefault("compiled", now)
+            elif line.startswith("compiling"):
+                times["compiling"] = now
+            if stop_after is not None and re.match(r"step +1/", line):
+                timers.append(threading.Timer(stop_after, stop))
+                timers[-1].start()
+        process.wait()
+        for timer in timers:
+            timer.cancel()
         log = self.folder / "runs" / name / "metrics.jsonl"
-        try:
-            if stop_after is not None:
-                while process.poll() is None and not (log.exists() and log.stat().st_size):
-                    time.sleep(0.2)
-                time.sleep(stop_after)
-                process.send_signal(signal.SIGTERM)
-                stopped = time.monotonic()
-            out, _ = process.communicate(timeout=max(1.0, self.deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out = process.communicate()[0] + "\n(ended: out of time)"
-        if log.exists():
-            lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         lines = [line for line in lines if line.get("Loss/train") is not None]
-        warm = lines[len(lines) // 2 :]
 
         def median(tag):
-            values = [line[tag] for line in warm if line.get(tag) is not None]
+            values = [line[tag] for line in lines[len(lines) // 2 :] if line.get(tag) is not None]
             return statistics.median(values) if values else None
 
         result = {
             "code": process.returncode,
             "seconds": round(time.monotonic() - start, 1),
+            "lines": lines,
             "losses": [line["Loss/train"] for line in lines],
             "tokens_per_s": median("Performance/tokens_per_sec"),
             "mfu": median("Performance/mfu"),
             "memory_gb": median("Performance/memory_gb"),
-            "out": out,
+            "out": "".join(out),
         }
-        if stopped is not None:
-            result["stop_seconds"] = round(time.monotonic() - stopped, 1)
+        if "compiled" in times:
+            result["compile_seconds"] = round(times["compiled"] - times["compiling"], 1)
+        if stopped:
+            result["stop_seconds"] = round(time.monotonic() - stopped[0], 1)
         return result
 
     def brief(self, result: dict) -> dict:
         """A result without its output, of which the end is kept where the program failed."""
-        kept = {k: v for k, v in result.items() if k != "out"}
+        kept = {k: v for k, v in result.items() if k not in ("out", "lines")}
         kept["losses"] = kept["losses"][-1:]
         return kept if result["code"] == 0 else kept | {"end": result["out"][-1500:]}
 
@@ -159,7 +171,7 @@ class Bench:
 
     def speed(self) -> dict:
         """Speed and MFU over micro-batches, and of the size that is chosen."""
-        sizes = (1, 2) if self.args.quick else (4, 8, 16, 32, 64)
+        sizes = (2,) if self.args.quick else (8, 16, 32, 64)
         flags = [*QUIET.split()]
         if not self.args.quick:
             flags += ["--total_batch_size", "131072"]
@@ -168,14 +180,23 @@ class Bench:
         return {str(size): self.brief(result) for size, result in found.items()}
 
     def memory(self) -> dict:
-        """The micro-batch that is chosen, with all of the memory and with a third of it."""
+        """The micro-batch that is chosen, with all of the memory, and with a third of it while
+        another process holds the rest."""
         found = {}
-        for share in (1.0, 0.34):
-            os.environ["GPU_BENCH_SHARE"] = str(share)
-            cache = str(self.folder / f"cache{share}")
-            result = self.train(
-                *QUIET.split(), before=[__file__, "--less_memory"], steps=3, XDG_CACHE_HOME=cache
+        for share in (1.0,) if self.args.device == "cpu" else (1.0, 0.34):
+            holds = (
+                f"import torch; free, _ = torch.cuda.mem_get_info(); n = int({1 - share} * free)"
             )
+            holds += "; held = torch.empty(n, dtype=torch.uint8, device='cuda'); print(); input()"
+            other = subprocess.Popen(
+                [sys.executable, "-c", holds if share < 1 else "print(); input()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            other.stdout.readline()
+            cache = str(self.folder / f"cache{share}")
+            result = self.train(*QUIET.split(), steps=3, XDG_CACHE_HOME=cache)
+            other.communicate(b"\n")
             batch = re.search(r"micro-batch\(es\) x (\d+) sequences", result["out"])
             found[str(share)] = self.brief(result) | {"sequences": batch and int(batch[1])}
         return found
@@ -183,13 +204,16 @@ class Bench:
     def resume(self) -> dict:
         """SIGTERM in mid-run, then on: are the losses those of a run that was left alone?"""
         found = {}
-        for name, before in (("as_is", ()), ("deterministic", [__file__, "--deterministic"])):
+        ways = {"as_is": (), "deterministic": [__file__, "--deterministic"]}
+        if self.args.device == "cpu":
+            del ways["as_is"]  # it is deterministic as it is
+        for name, before in ways.items():
             env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
             flags = [*QUIET.split(), "--no-compile", "--micro_batch_size", "2"]
-            steps = 400 if self.args.quick else 60
+            steps = 300 if self.args.quick else 60
             whole = self.train(*flags, steps=steps, before=before, **env)
             again = [*flags, "--run_name", f"again_{name}"]
-            first = self.train(*again, steps=steps, before=before, stop_after=2.0, **env)
+            first = self.train(*again, steps=steps, before=before, stop_after=1.0, **env)
             second = self.train(*again, "--resume", "latest", steps=steps, before=before, **env)
             found[name] = {
                 "codes": [whole["code"], first["code"], second["code"]],
@@ -204,11 +228,31 @@ class Bench:
         return found
 
     def evaluation(self) -> dict:
-        """Seconds of evaluation, HellaSwag where it is, samples, histograms; what a save costs."""
-        each = f"--eval_freq {self.steps} --histogram_freq {self.steps} --use_tensorboard"
-        result = self.train(*each.split(), "--checkpoint_freq", self.steps)
-        seconds = re.findall(r"step +\d+: .*\(([\d.]+) s\)", result["out"])
-        return self.brief(result) | {"evaluation_seconds": [float(s) for s in seconds]}
+        """How long training stands still for each thing that is done now and then, and its rate."""
+        count = 20 if self.args.quick else 400
+        words = "the cat sat on a mat and looked at nothing in the end".split()
+        with open(self.folder / "items.jsonl", "w") as file:
+            for i in range(count):
+                ends = [" ".join(words[i % 7 : i % 7 + n]) for n in (4, 5, 6, 3)]
+                item = {"ind": i, "activity_label": "", "ctx": " ".join(words * 3), "label": i % 4}
+                file.write(json.dumps(item | {"endings": ends}) + "\n")
+        # At step numbers of their own: one kind of pause each.
+        freqs = {"histogram": 5, "hellaswag": 7, "sample": 11, "eval": 13, "checkpoint": 17}
+        flags = [f"--{kind}_freq={freq}" for kind, freq in freqs.items()]
+        flags += ["--hellaswag_file", "items.jsonl", "--use_tensorboard"]
+        flags += ["--num_samples", 2, "--sample_tokens", 32]
+        tokens = 1024 if self.args.quick else 65_536
+        result = self.train(*flags, "--val_tokens", tokens, steps=20)
+        times = {line["step"]: line["time"] for line in result["lines"]}
+        gaps = {a: times[b] - times[a] for a, b in itertools.pairwise(times) if a > 2}
+        usual = statistics.median(gaps.values())
+        stall = {kind: gaps[freq] - usual for kind, freq in freqs.items()}
+        work = {"hellaswag": count, "sample": 2 * 32, "eval": tokens}
+        return self.brief(result) | {
+            "usual_gap_s": round(usual, 4),
+            "stall_s": {kind: round(seconds, 4) for kind, seconds in stall.items()},
+            "items_or_tokens_per_s": {kind: round(n / stall[kind]) for kind, n in work.items()},
+        }
 
     def optimizers(self) -> dict:
         """Muon beside AdamW, and float16."""
@@ -228,6 +272,8 @@ class Bench:
         command += ["--device", self.args.device, "--model", self.args.model]
         if self.args.quick:
             command += ["--steps", "1", "--micro_batch_size", "1", "--seq_len", "64"]
+        else:
+            command += ["--steps", "20", "--micro_batch_size", "16"]
         found = {}
         for way in ("eager",) if self.args.quick else ("eager", "compiled"):
             more = ["--compile"] if way == "compiled" else []
@@ -245,18 +291,19 @@ class Bench:
         if self.args.device != "cpu" and torch.cuda.device_count() < 2:
             return {"skipped": "needs two GPUs"}
         flags = QUIET.split()
-        one, two = self.train(*flags), self.train(*flags, torchrun=2)
+        ways = {"one": (0, []), "two": (2, []), "sharded": (2, ["--shard", "--no-compile"])}
+        if self.args.quick:
+            del ways["one"], ways["sharded"]  # other tests have them
+        brief = {
+            way: self.brief(self.train(*flags, *more, torchrun=processes))
+            for way, (processes, more) in ways.items()
+        }
         stopped = self.train(*flags, steps=100_000, torchrun=2, stop_after=3.0)
         saved = list((self.folder / "checkpoints" / f"run{self.runs}").glob("step_*.pt"))
-        return {
-            "one": self.brief(one),
-            "two": self.brief(two),
-            "stop_seconds": stopped["stop_seconds"],
-            "saved": len(saved),
-        }
+        return brief | {"stop_seconds": stopped["stop_seconds"], "saved": len(saved)}
 
 
-PARTS = ("doctor agree waits speed memory resume evaluation optimizers peers several").split()
+PARTS = "doctor waits agree speed peers memory resume evaluation optimizers several".split()
 
 # --- Inside the training program ------------------------------------------------------------------
 
@@ -269,24 +316,22 @@ def inside(how: str) -> None:
 
     if how == "--deterministic":
         torch.use_deterministic_algorithms(True)
-    elif how == "--less_memory" and torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        taken = int((1 - float(os.environ["GPU_BENCH_SHARE"])) * free)
-        global ballast  # outside PyTorch's allocator's accounts, as another program's would be
-        _, ballast = torch.cuda.cudart(), torch.cuda.caching_allocator_alloc(max(1, taken))
     elif how == "--watch_waits":
         import train_improved as ti
 
         step = ti.Training.step
 
         def watched(training):
-            if training.run.state.step == 3 and torch.cuda.is_available():  # all is warm by then
+            watching = training.run.state.step >= 3 and torch.cuda.is_available()  # all is warm
+            if watching:
                 torch.cuda.set_sync_debug_mode("warn")
                 warnings.simplefilter("always")
                 warnings.showwarning = lambda text, kind, file, line, *_: print(
                     f"WAIT {file}:{line} {text}", flush=True
                 )
             step(training)
+            if watching:
+                torch.cuda.set_sync_debug_mode("default")
 
         ti.Training.step = watched
         sys.exit(ti.main())
@@ -313,10 +358,11 @@ def main() -> None:
         "torch": torch.__version__,
         "model": args.model,
     }
+    begun = time.monotonic()
     for part in [None, *args.part]:
         if part is not None:
             start = time.monotonic()
-            bench.deadline = start + PART_SECONDS
+            bench.deadline = min(start + PART_SECONDS, begun + ALL_SECONDS)
             try:
                 line = {"part": part} | getattr(bench, part)()
             except Exception as error:  # the next part may work
@@ -329,6 +375,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["--deterministic"], ["--less_memory"], ["--watch_waits"]):
+    if sys.argv[1:2] in (["--deterministic"], ["--watch_waits"]):
         inside(sys.argv[1])
     main()

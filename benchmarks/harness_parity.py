@@ -26,10 +26,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 
 import torch
 
-import hellaswag
-from training import scoring
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # before a hellaswag.py beside this one
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+import hellaswag
+from checkpointing import pretrained
+from train_improved import GPT
+from training import scoring
 
 
 def with_halves(line: str) -> str:
@@ -73,7 +75,7 @@ def main() -> int:
         path = Path(temporary, "items.jsonl")
         path.write_text("".join(map(with_halves, lines)), encoding="utf-8")
         items = scoring.load_items(path, "harness")
-        model, notes = hellaswag.load_model(args.folder, torch.device(args.device))
+        model, notes = pretrained.load_model(GPT, args.folder, torch.device(args.device))
         print("\n".join(notes))
         start = time.process_time()
         ours = scoring.score(model, items)

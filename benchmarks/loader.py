@@ -83,8 +83,8 @@ def waiting(args) -> None:
                 if state == "cold":
                     drop_from_cache(folder)
                 loader = token_loader.StepLoader(source, args.windows, 0, 1, "cpu")
-                batch = next(loader)  # the first one is waited for, once in a run
-                total, waited = timed_loop(lambda: next(loader), step, args.steps)  # noqa: B023
+                batch = loader.next_batch()  # the first one is waited for, once in a run
+                total, waited = timed_loop(loader.next_batch, step, args.steps)
                 loader.close()
                 bare, _ = timed_loop(lambda: batch, step, args.steps)  # noqa: B023
                 results[state].append((total, waited / total, total / bare))

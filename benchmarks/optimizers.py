@@ -1,8 +1,9 @@
-"""What the best public optimizers do beside Muon, tried on top of `--recipe fast`.
+"""What the best public recipes do beside Muon, tried on top of `--recipe fast`.
 
     python benchmarks/optimizers.py --experiment cautious --recipe fast --data_dir data/books
     python benchmarks/optimizers.py --cost --size 4x128
     python benchmarks/optimizers.py --convert data/books data/books4096 --vocabulary 4096
+    python benchmarks/optimizers.py --cut data/books4096 data/documents4096 --vocabulary 4096
 
 The first line trains: all other flags are src/train_improved.py's; several names, joined by commas,
 work together. benchmarks/learning.py runs it as the arm fast+cautious. The second prints the
@@ -13,6 +14,10 @@ experiment needs to be resumed is in its checkpoint.
 wrote: every other token is spelled by those. Of a 4x128 with all 50,257 tokens 89% is embeddings,
 where Muon and AdamW do not differ, and 90% of the time their products; with 4,096 it is 40%, near
 the 31% of the 124M model, at a fifth of the time.
+
+--cut makes documents about as long as a window, as FineWeb-Edu's are, of a stream that has books in
+it: consecutive pieces of log-normal lengths, shuffled, so that neighbours have nothing to do with
+each other. The experiments on documents are all validated alike: each document by itself.
 
 Sources: modded-nanogpt's optimizer benchmark (track 3, 2026) for floor, momentum, ema, lookahead,
 power and beta2; Polar Express arXiv 2505.16932, cautious weight decay 2510.12402, SOAP 2409.11321.
@@ -32,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import train_improved as ti
 from runtime.supervisor import begin, end
 from tokens import shards, tokenizer
+from tokens.stream import WindowSource
 from training import chunked_loss, muon
 
 EXPERIMENTS = {
@@ -48,6 +54,13 @@ EXPERIMENTS = {
     "aux2": "AdamW's part at twice the rate",
     "beta2": "0.99 instead of 0.95 for the vectors",
 }
+DOCUMENTS = {
+    "apart": "training as it is; documents by themselves in the validation, as in those below",
+    "masked": "attention does not cross the border of a document",
+    "restarted": "nor do positions: they begin at 0 in each document",
+    "starts": "each window begins where a document does, what is left of a long one is not read",
+}
+EXPERIMENTS |= DOCUMENTS
 ON: set[str] = set()  # what this process tries
 NOW = {"step": 0, "steps": 1, "max_lr": 1.0}  # of the schedule, when the optimizer is called
 
@@ -68,6 +81,45 @@ def polar_express(x, dtype: torch.dtype):
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
     return x.mT if tall else x
+
+
+plain_features = ti.GPT.features
+
+
+def features(self, idx, positions=None, mask=None, cache=None):
+    """As GPT.features, with documents apart: in training by the experiment, always without it."""
+    training = torch.is_grad_enabled()
+    apart = ON & {"masked", "restarted"} if training else ON & set(DOCUMENTS)
+    if apart and mask is None and cache is None:
+        begins, at = idx == ti.VOCAB_SIZE - 1, torch.arange(idx.size(1), device=idx.device)
+        document = begins.cumsum(1)[:, None]
+        mask = (document[..., None] == document[..., None, :]) & (at[:, None] >= at)
+        if not training or "restarted" in ON:
+            positions = at - torch.where(begins, at, 0).cummax(1).values
+    return plain_features(self, idx, positions, mask, cache)
+
+
+class AtStarts:
+    """A stream whose windows begin at the first document that begins in or after them."""
+
+    def __init__(self, stream):
+        self.tokens = stream.read(0, stream.num_tokens)
+        self.starts = np.flatnonzero(self.tokens == ti.VOCAB_SIZE - 1)
+
+    def windows(self, index: np.ndarray, T: int) -> np.ndarray:
+        last = np.searchsorted(self.starts, len(self.tokens) - T - 1, "right") - 1
+        begin = self.starts[np.searchsorted(self.starts, index * T).clip(max=last)]
+        return self.tokens[begin[:, None] + np.arange(T + 1)]
+
+
+plain_windows = WindowSource.windows
+
+
+def windows_at_starts(self, positions):
+    """As WindowSource.windows, which training reads by, at the beginnings of documents."""
+    if not isinstance(self.streams[0], AtStarts):
+        self.streams = [AtStarts(stream) for stream in self.streams]
+    return plain_windows(self, positions)
 
 
 plain_rate = ti.learning_rate
@@ -167,6 +219,8 @@ def switch_on(names: str) -> None:
     muon.orthogonalized = polar_express if "polar" in ON else plain_orthogonalized
     muon.MuonAdamW = Tried
     ti.learning_rate = learning_rate
+    ti.GPT.features = features
+    WindowSource.windows = windows_at_starts if "starts" in ON else plain_windows
 
 
 plain_orthogonalized = muon.orthogonalized
@@ -198,6 +252,26 @@ def convert(source: Path, target: Path, size: int) -> None:
         print(f"{split}: {stream.num_tokens:,} tokens, now {len(tokens):,}")
 
 
+def cut(source: Path, target: Path, length: int, eot: int) -> None:
+    """Cut the texts of prepared shards into documents of `length` tokens on average, shuffled.
+
+    Log-normal with sigma 1: the mean of FineWeb-Edu's documents is 1.6 times their median.
+    """
+    target.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        stream = shards.open_split(source, split)
+        tokens = stream.read(0, stream.num_tokens)
+        tokens = tokens[tokens != eot]
+        count = 2 * len(tokens) // length
+        lengths = np.exp(generator.normal(np.log(length) - 0.5, 1.0, count)).astype(int) + 1
+        documents = np.split(tokens, lengths.cumsum()[lengths.cumsum() < len(tokens)])
+        order = generator.permutation(len(documents))
+        pieces = [piece for i in order for piece in (np.array([eot], np.uint16), documents[i])]
+        shards.write_shard(target / f"{target.name}_{split}_000000.bin", np.concatenate(pieces))
+        print(f"{split}: {len(documents):,} documents of {len(tokens) / len(documents):.0f} tokens")
+
+
 def cost(size: str, tokens: int = 1024, seq_len: int = 128) -> None:
     """Print the processor time of an update with each experiment, and of the rest of a step."""
     layers, width = (int(n) for n in size.split("x"))
@@ -221,7 +295,7 @@ def cost(size: str, tokens: int = 1024, seq_len: int = 128) -> None:
     print("| update | relative to forward and backward | whole step relative to fast's |")
     print("|---|---|---|")
     fast = None
-    for name in ("adamw", "fast", *EXPERIMENTS):
+    for name in ("adamw", "fast", *(n for n in EXPERIMENTS if n not in DOCUMENTS)):
         switch_on("" if name in ("adamw", "fast") else name)
         cfg = ti.Config(optimizer="adamw" if name == "adamw" else "muon", max_lr=1e-3)
         optimizer = ti.make_optimizer(model, cfg)
@@ -246,12 +320,17 @@ def main() -> int:
     parser.add_argument("--cost", action="store_true", help="time the updates and stop")
     parser.add_argument("--vocabulary", type=int, default=tokenizer.VOCAB_SIZE, help="tokens")
     parser.add_argument("--convert", nargs=2, type=Path, help="shards to read, folder to write")
+    parser.add_argument("--cut", nargs=2, type=Path, help="shards to read, folder to write")
+    parser.add_argument("--length", type=int, default=128, help="mean tokens of --cut's documents")
     parser.add_argument("--size", default="4x128", help="layers x width, for --cost")
     args, flags = parser.parse_known_args()
     if args.convert:
         convert(*args.convert, args.vocabulary)
         return 0
     set_vocabulary(args.vocabulary)
+    if args.cut:
+        cut(*args.cut, args.length, args.vocabulary - 1)
+        return 0
     if args.cost:
         cost(args.size)
         return 0

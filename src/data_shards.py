@@ -17,8 +17,6 @@ from basics import inputs, terminal
 from tokens.shards import DTYPE, MANIFEST, Shard, list_shards, open_shard, verify
 from tokens.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 
-# --- Looking at a folder --------------------------------------------------------------------------
-
 LOOK_BLOCK = 1 << 20  # tokens per piece that the summary reads
 LOOK_BLOCKS = 64  # pieces per split; where there are more, these are spread evenly and it says so
 ZERO_RUN = 1024  # ids 0 ("!") in a row; text never has two, since "!!" is a token of its own
@@ -65,8 +63,7 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
         picks = [i * (len(pieces) - 1) // (LOOK_BLOCKS - 1) for i in range(LOOK_BLOCKS)]
         pieces = [pieces[i] for i in picks]
     seen = np.zeros(1 << 16, np.int64)
-    lengths = []
-    since = None  # tokens since the last <|endoftext|>, None where its place is unknown
+    texts = []
     accused = set()  # shards with a problem already named
     for shard, begin in pieces:
         count = min(LOOK_BLOCK, shard.tokens - begin)
@@ -76,16 +73,10 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
             if shard.path not in accused:
                 accused.add(shard.path)
                 problems.append(f"shard {shard.path}: {what}; prepare or fetch it again")
-        ends = np.flatnonzero(tokens == EOT)
-        if len(ends):
-            if everything and since is not None:
-                lengths.append(np.array([since + ends[0]]))
-            lengths.append(np.diff(ends) - 1)
-            since = len(tokens) - int(ends[-1]) - 1
-        elif since is not None:
-            since += len(tokens)
-    if everything and since:
-        lengths.append(np.array([since]))  # the last one has no <|endoftext|> after it
+        texts.append(tokens)
+    if everything:  # the last document has no <|endoftext|> after it
+        texts = [np.append(np.concatenate(texts), DTYPE.type(EOT))]
+    lengths = np.concatenate([np.diff(np.flatnonzero(text == EOT)) - 1 for text in texts])
 
     read = int(seen.sum())
     if not everything:
@@ -100,7 +91,6 @@ def _look_at_split(split: str, shards: list[Shard], problems: list[str]) -> None
     elif not everything:
         documents, about = round(documents / read * total), "about "
     line = f"  documents   {about}{documents:,}"
-    lengths = np.concatenate(lengths) if lengths else np.empty(0, int)
     if len(lengths):
         low, middle, high = np.quantile(lengths, (0.05, 0.5, 0.95)).astype(int).tolist()
         line += (
@@ -140,7 +130,7 @@ def _wrong_tokens(tokens: np.ndarray, begin: int) -> Iterator[str]:
 
 
 def _safe(text: bytes) -> str:
-    """Bytes of a corpus as one line that no terminal takes for a command."""
+    """Return bytes of a corpus as one line that no terminal takes for a command."""
     decoded = text.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
@@ -151,48 +141,35 @@ def _count(n: int, what: str) -> str:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 nothing wrong, 1 problems found, 2 wrong usage."""
+    """Return the exit code: 0 nothing wrong, 1 problems found, 2 wrong usage."""
     parser = terminal.Parser(
         description="Say what is in a folder of token shards, and what is wrong with it."
     )
     parser.add_argument("folder", metavar="DIR", type=inputs.path, help="folder of shards")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read every shard in full: SHA-256 against the manifest, and every token id",
-    )
+    text = "read every shard in full: SHA-256 against the manifest, and every token id"
+    parser.add_argument("--verify", action="store_true", help=text)
     args = parser.parse_args(argv)
-    args.folder = Path(args.folder)
-    if not args.folder.is_dir():
-        what = "is not a folder" if args.folder.exists() else "does not exist"
-        raise ValueError(f"{args.folder} {what}: give a folder of shards")
-    problems = look(args.folder)
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}: give a folder of shards")
+    problems = look(folder)
     if args.verify and not problems:
-        problems += _verify_aloud(args.folder)
+        try:
+            verify([str(folder)])
+        except ValueError as error:
+            problems = [str(error)]
+        else:
+            said = f"every token id is GPT-2's; there is no {MANIFEST} to compare checksums with"
+            if (folder / MANIFEST).exists():
+                said = f"every shard has the SHA-256 of its {MANIFEST}"
+            print(said)
     for problem in problems:
         print(f"PROBLEM {problem}")
     if not problems:
         print("no problem found")
+    terminal.check_output()
     return 1 if problems else 0
-
-
-def _verify_aloud(folder: Path) -> list[str]:
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\rverifying: {done / total:.0%}", end="", file=sys.stderr)
-
-    try:
-        verify([str(folder)], progress)
-    except ValueError as error:
-        return [str(error)]
-    finally:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
-    if (folder / MANIFEST).exists():
-        print(f"every shard has the SHA-256 of its {MANIFEST}")
-    else:
-        print(f"every token id is GPT-2's; there is no {MANIFEST} to compare checksums with")
-    return []
 
 
 if __name__ == "__main__":

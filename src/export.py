@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -34,7 +33,7 @@ from tokens.tokenizer import EOT, VOCAB_SIZE
 
 
 def model_config(shape: dict) -> dict:
-    """config.json: GPT-2 as published, without dropout (it was trained without)."""
+    """Return config.json: GPT-2 as published, without dropout (it was trained without)."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -71,28 +70,20 @@ def generation_config(shape: dict) -> dict:
 
 def write_weights(path: Path, shape: dict, weights: dict) -> None:
     """Write model.safetensors; lm_head.weight is the embedding and not written twice."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {}
     for name in pretrained.parameter_shapes(**shape):
         tensor = weights[name].float()
         tensors[name] = (tensor.T if name.endswith(pretrained.TRANSPOSED) else tensor).contiguous()
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as e:  # also for a full disk
-        raise OSError(str(e)) from None
-    os.umask(umask := os.umask(0))
-    os.chmod(path, 0o666 & ~umask)  # safetensors writes for the owner alone
-    with open(path, "rb") as file:
-        durable.flush_file(file.fileno())
+    durable.write(path, save(tensors, metadata={"format": "pt"}))
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------
 
 
 def tokenizer_files(seq_len: int) -> dict[str, bytes]:
-    """GPT-2's tokenizer as transformers and the tokenizers library read it."""
+    """Return GPT-2's tokenizer as transformers and the tokenizers library read it."""
     merges = tokenizer.vocabulary_file("vocab.bpe").read_bytes()
     end = tokenizer.get_tokenizer().decode([EOT])
     rules = [line.split(" ") for line in merges.decode().splitlines()[1:] if line]
@@ -245,7 +236,7 @@ MANIFEST = "export.json"
 
 def check_replaceable(out: Path) -> dict | None:
     """Return what export.json says of an export that is there, exactly as it was written; None if
-    nothing is there or an empty folder; ValueError for everything else."""
+    nothing is there or an empty folder. Raise ValueError for everything else."""
     if not out.exists() and not out.is_symlink():
         return None
     if not out.is_dir() or out.is_symlink():
@@ -274,11 +265,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def export(path: Path, out: Path) -> tuple[dict[str, int], dict | None]:
-    """Write the checkpoint in `path` as the folder `out` -> ({file: bytes}, what it replaced).
+def export(path: Path, out: Path) -> dict | None:
+    """Write the checkpoint in `path` as the folder `out`; return what that replaced.
 
-    Beside `out`, as .OUT.partial, until it is complete and flushed to the disk. ValueError: not a
-    checkpoint, `out` must not be replaced, or it cannot be written (disk full ...).
+    Beside `out`, as .OUT.partial, until it is complete and flushed to the disk. Raise ValueError if
+    it is not a checkpoint, `out` must not be replaced, or cannot be written (disk full ...).
     """
     checkpoint = checkpoint_files.load(path)
     shape, weights = pretrained.from_checkpoint(checkpoint, path)
@@ -310,7 +301,6 @@ def export(path: Path, out: Path) -> tuple[dict[str, int], dict | None]:
             "files": {p.name: _sha256(p) for p in sorted(partial.iterdir())},
         }
         durable.write(partial / MANIFEST, _json(record))
-        sizes = {name: (partial / name).stat().st_size for name in (*record["files"], MANIFEST)}
         if out.exists():
             out.rename(old)
         partial.rename(out)
@@ -322,7 +312,7 @@ def export(path: Path, out: Path) -> tuple[dict[str, int], dict | None]:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not out.exists():
             old.rename(out)
-    return sizes, replaced
+    return replaced
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -341,11 +331,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"skipped {damaged}: {reason}", file=sys.stderr)
     if pretrained.is_hugging_face(path):
         raise ValueError(f"CHECKPOINT {path}: is a Hugging Face folder already")
-    sizes, replaced = export(path, args.out.expanduser())
+    out = args.out.expanduser()
+    replaced = export(path, out)
     print(f"{path} as a Hugging Face folder:")
-    for name, size in sizes.items():
-        print(f"{size:>15,} bytes  {args.out / name}")
-    print(f"{sum(sizes.values()):>15,} bytes  in all; how to use it: {args.out / 'README.md'}")
+    sizes = {file: file.stat().st_size for file in sorted(out.iterdir())}
+    for file, size in sizes.items():
+        print(f"{size:>15,} bytes  {file}")
+    print(f"{sum(sizes.values()):>15,} bytes  in all; how to use it: {out / 'README.md'}")
     if replaced is not None:
         was = f"run {replaced.get('run_name')}, step {replaced.get('step')}"
         print(f"this replaced the export that was there: of {was}")

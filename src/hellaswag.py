@@ -9,7 +9,7 @@ Zellers et al. 2019, https://github.com/rowanz/hellaswag. How items are read and
 conventions in use: training/scoring.py.
 """
 
-import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -19,7 +19,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 from basics import durable, terminal, words
@@ -38,22 +37,22 @@ TIMEOUT = 60  # seconds without a byte
 CUT_OFF = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
-def download(path, url: str = URL, say: Callable[[str], object] = print) -> None:
+def download(path, url: str = URL) -> None:
     """Fetch the validation items to `path`; the file appears whole and checked, or not at all.
 
-    A transfer that is cut begins again from the start (it is 12 MB). ValueError: no connection, not
-    the expected content, no place to write, or `path` is there and is something else.
+    A transfer that is cut begins again from the start (it is 12 MB). Raise ValueError if there is
+    no connection, not the expected content, no place to write, or something else at `path`.
     """
     from training.scoring import load_items
 
     path = Path(path)
     if path.exists():
-        say(f"{path} is already there: {len(load_items(path)):,} items")
+        print(f"{path} is already there: {len(load_items(path)):,} items")
         return
     try:
         durable.make_folder(path.absolute().parent)
         with durable.replacing(path) as file:
-            _fetch(url, file, say)
+            _fetch(url, file)
             digest = hashlib.sha256(Path(file.name).read_bytes()).hexdigest()
             if url == URL and digest != SHA256:
                 raise ValueError(f"{url} is not the known file: SHA-256 {digest}, not {SHA256}")
@@ -63,16 +62,18 @@ def download(path, url: str = URL, say: Callable[[str], object] = print) -> None
                 raise ValueError(f"{url} is not a HellaSwag file: {e}") from None
     except OSError as e:
         raise ValueError(f"cannot write {path}: {e.strerror or e}") from None
-    say(f"{path}: {len(items):,} items")
+    print(f"{path}: {len(items):,} items")
 
 
-def _fetch(url: str, file, say: Callable[[str], object]) -> None:
-    """Write what `url` gives into an empty file; ValueError after some attempts."""
+def _fetch(url: str, file) -> None:
+    """Write what `url` gives into an empty file; raise ValueError after some attempts."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
                 announced = int(response.headers["Content-Length"] or 0)
-                say(f"downloading {url} ({words.size(announced) if announced else 'size unknown'})")
+                print(
+                    f"downloading {url} ({words.size(announced) if announced else 'size unknown'})"
+                )
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                 file.flush()
@@ -85,26 +86,12 @@ def _fetch(url: str, file, say: Callable[[str], object]) -> None:
                     f"cannot download {url}: {e}; try again, or fetch it by other means and give "
                     "it with --file"
                 ) from None
-            say(f"  {e}: beginning again, attempt {attempt + 1} of {ATTEMPTS}")
+            print(f"  {e}: beginning again, attempt {attempt + 1} of {ATTEMPTS}")
             file.seek(0)
             file.truncate()
 
 
 # --- The command ----------------------------------------------------------------------------------
-
-
-def load_model(source: str, device):
-    """(the GPT that `source` means, see pretrained.py, notes about it), for evaluation."""
-    import torch
-
-    import train_improved
-    from checkpointing import pretrained
-
-    shape, weights, notes = pretrained.read_pretrained(source)
-    with torch.device("meta"):  # no time for initial weights
-        model = train_improved.GPT(**shape)
-    model.load_state_dict(weights, assign=True)
-    return model.to(device).eval(), notes
 
 
 # What is measured: convention, Result's attribute, name, and OpenAI's 124M models on all the items.
@@ -132,10 +119,12 @@ def _write_results(path, results: dict) -> None:
 
 
 def evaluate(args) -> None:
-    """Score a model and print the table; ValueError for what the user has to change."""
+    """Score a model and print the table; raise ValueError for what the user has to change."""
     import torch
     from tqdm import tqdm
 
+    import train_improved
+    from checkpointing import pretrained
     from runtime import machine
     from training.scoring import accuracy, load_items, score
 
@@ -149,13 +138,9 @@ def evaluate(args) -> None:
     if args.out:
         durable.check_writable(Path(args.out).parent)
     source = args.checkpoint or "latest"
-    model, notes = load_model(source, device)
-    dtype = getattr(torch, args.dtype)
-
-    def autocast():
-        if dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype)
+    model, notes = pretrained.load_model(train_improved.GPT, source, device)
+    dtype, reduced = getattr(torch, args.dtype), args.dtype != "float32"
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=reduced)
 
     results, start = {}, time.monotonic()
     every = 0.1 if sys.stderr.isatty() else 30  # seconds: in a log file rarely

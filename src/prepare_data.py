@@ -20,31 +20,17 @@ in the order of the source (files sorted by name). Text that spells a special to
 first shard is validation, as in the common FineWeb recipe, but the cut lies between two documents:
 whole documents go to validation as long as they fit into --val_tokens.
 
-What is a document, and what becomes of a bad one (counted, reported at the end and in manifest.json
-under "counts"):
+A document is a row or a record (its --text_key), or a file of plain text; with --separator each
+part between two separators. Of a cut or corrupt file everything before the damage is kept; files of
+a folder whose endings say nothing are left out; both are said. Nothing is published when more than
+--allow_skipped of the documents, bytes or characters could not be used: exit code 2.
 
-    Parquet, JSON, CSV   a row, a record: its --text_key
-    plain text           a file; with --separator each part between two separators
-    empty                the text is "": kept, a lone <|endoftext|>, as the usual scripts do
-    invalid_utf8         bad bytes and lone surrogates: kept, U+FFFD in their place
-    with_nul             contains U+0000: kept as it is
-    huge                 more than 10 million characters: kept as it is
-    not_text             the key is absent, null or not a string: skipped
-    broken_json          the line is not JSON: skipped
-    blank                a line or part of nothing but white space is no document
-    damaged files        a cut or corrupt file: everything before the damage is kept, and said
-    unknown files        in a folder, with endings that say nothing: left out, and named
-
-Nothing is published when more than --allow_skipped of the documents, bytes or characters could not
-be used: the exit code is 2, and the reasons are said.
-
-How it works. The source is cut into units of about 2 MiB of text, always in the same way. Worker
-processes read and tokenize units (where a file cannot be entered in the middle, the main process
-reads and hands them the content) and send the tokens back; the main process puts them in order and
-writes shards. A journal in DIR/.prepare says which shards are finished: after kill -9 the same
-command goes on behind them, and the result does not depend on the number of workers. Memory,
-however large the corpus: at most 0.3 GB in each process, three times a shard (0.6 GB at the default
-size), and ten times the longest document.
+How it works. The main process cuts the source into units of about 2 MiB of text, always in the same
+way. Worker processes tokenize them (and unpack Parquet's row groups) and send the tokens back; the
+main process puts these in order and writes shards. A journal in DIR/.prepare says which shards are
+finished: after kill -9 the same command goes on behind them, and the result does not depend on the
+number of workers. Memory, however large the corpus: at most 0.3 GB in each process, three times a
+shard (0.6 GB at the default size), and ten times the longest document.
 
 Exit codes: 0 done; 2 wrong usage, bad input, disk full; 129/130/143 stopped by SIGHUP, SIGINT,
 SIGTERM.
@@ -84,61 +70,24 @@ FINEWEB_BYTES = 28_518_193_415
 FINEWEB_TOKENS = 9_950_000_000
 FINEWEB_OUT = Path("data/fineweb_edu_10B")
 
-# --- Progress -------------------------------------------------------------------------------------
-
-
-class Progress:
-    """A bar on a terminal; in a log a line every 10 seconds."""
-
-    def __init__(self, begun: Part, total: int):
-        self.begun, self.total = begun, total  # of earlier starts; bytes, 0: not known
-        self.started = self.shown = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total or None, initial=begun.weight, unit="B", unit_scale=True)
-
-    def show(self, place: Part) -> None:
-        now = time.monotonic()
-        if now - self.shown < (0.5 if self.bar is not None else 10):
-            return
-        self.shown = now
-        speed = (place.tokens - self.begun.tokens) / (now - self.started)
-        text = f"{words.count(place.tokens)} tokens, {words.count(speed)} tokens/s"
-        if self.bar is not None:
-            self.bar.n = place.weight
-            self.bar.set_postfix_str(text)
-            return
-        if self.total and place.weight > self.begun.weight:
-            share = (self.total - place.weight) / (place.weight - self.begun.weight)
-            left = words.duration(share * (now - self.started))
-            text += f", {place.weight / self.total:.1%}, {left} left"
-        print(f"  {text}", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 # --- Command --------------------------------------------------------------------------------------
 
 # For the forecast: tokens per byte of FineWeb-Edu's Parquet and of English text; what gzip saves.
-TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.23, "json": 0.23, "csv": 0.23, "text": 0.23}
-TOKENS_PER_BYTE |= {"datasets": 0.23}
-COMPRESSED = 3.0
+TOKENS_PER_BYTE = {"parquet": 0.35}
+ELSE_PER_BYTE, COMPRESSED = 0.23, 3.0
 TOKENS_PER_SECOND = 3.0e6  # of one core
 
 PLAN = "plan.json"
-PLAN_KEYS = ("source", "val_source", "revision", "commits", "command", "date")
-PLAN_KEYS += ("tokenizer_fingerprint", "options", "files")
-OPTIONS = ("prefix", "name", "split", "val_split", "text_key", "format", "separator", "val_tokens")
-OPTIONS += ("shard_tokens", "encoding")
+PLAN_KEYS = "source val_source revision commits command date tokenizer_fingerprint options files"
+OPTIONS = "prefix name split val_split text_key format separator val_tokens shard_tokens encoding"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     description, details = (__doc__ or "\n").split("\n", 1)  # none with python -OO
+    counted = "".join(f"\n    {name:14}{what}" for name, what in corpus.COUNTS.items())
     parser = terminal.Parser(
         description=description,
-        epilog=details,
+        epilog=f"{details}\nCounted, said at the end, and kept in manifest.json:\n{counted}",
         usage="%(prog)s [--FLAG VALUE ...]",
         allow_abbrev=False,
     )
@@ -159,7 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help=f"folder of the shards [{FINEWEB_OUT}, or data/<from --source>]")
     share = "of documents, bytes or characters that may be left out or lost [0.01]"
     add("--allow_skipped", type=float, default=0.01, metavar="SHARE", help=share)
-    add("--workers", type=int, default=cores(), help="processes [all cores]")
+    add("--workers", type=int, default=host.cores(), help="processes [all cores]")
     add("--dry_run", action="store_true", help="say what would be done, and stop")
     add("--verify", action="store_true", help="only recheck the shards in --out")
     args = parser.parse_args(argv)
@@ -196,12 +145,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def source_name(source: str) -> str:
-    """What shards and folder are called: hub/name -> name, a/b.jsonl.gz -> b, a/*.txt -> a."""
+    """Return what shards and folder are called: a/b.gz -> b, hub/name -> name, a/*.txt -> a."""
     if source == "-":
         return "stdin"
     path = Path(os.path.expanduser(source))
@@ -231,7 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         if args.verify:
-            return verify(args.out)
+            token_shards.verify(str(args.out))
+            print(f"{args.out}: all shards are as the manifest says")
+            return 0
         return prepare(args)
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
@@ -243,19 +190,6 @@ def main(argv: list[str] | None = None) -> int:
         message, code = "stopped; the same command goes on from here", 128 + e.args[0]
     terminal.print_error(message)
     return code
-
-
-def verify(out: Path) -> int:
-    """Recompute the SHA-256 of every shard; ValueError names the bad ones."""
-    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        token_shards.verify(str(out), progress)
-    print(f"{out}: all shards are as the manifest says")
-    return 0
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -279,7 +213,7 @@ def prepare(args: argparse.Namespace) -> int:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tokenizer_fingerprint": fingerprint(),
-        "options": {name: getattr(args, name) for name in OPTIONS},
+        "options": {name: getattr(args, name) for name in OPTIONS.split()},
         "files": [file.identity() for file in files],
     }
     if begun:
@@ -292,10 +226,10 @@ def prepare(args: argparse.Namespace) -> int:
     elif out.exists() and (not out.is_dir() or any(out.glob("*.bin")) or any(out.glob("*.npy"))):
         raise ValueError(f"--out {out}: something else is there already; give another folder")
     if not fineweb:
-        tokens = sum(
-            f.size * TOKENS_PER_BYTE.get(f.kind, 0) * (COMPRESSED if f.compression else 1)
-            for f in files
-        )
+        tokens = 0.0
+        for file in files:
+            ratio = TOKENS_PER_BYTE.get(file.kind, ELSE_PER_BYTE)
+            tokens += file.size * ratio * (COMPRESSED if file.compression else 1)
         forecast(args, sum(f.size for f in files), tokens, exact=False)
     for file in files:  # a wrong column or a broken file is found now, not after hours
         corpus.check_columns(file, args.text_key)
@@ -319,7 +253,7 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def say_left_out(args: argparse.Namespace, found: Found) -> None:
-    """Name the files of folders that are not read; ValueError if they are too much of it."""
+    """Name the files of folders that are not read; raise ValueError if they are too much of it."""
     if not found.left_out:
         return
     size, kept = sum(found.left_out.values()), sum(file.size for file in found.files)
@@ -338,19 +272,19 @@ def say_left_out(args: argparse.Namespace, found: Found) -> None:
 
 
 def read_plan(out: Path) -> dict:
-    """The plan of the preparation that a folder holds, finished or not; {} if it holds none."""
+    """Return the plan of the preparation in a folder, finished or not; {} if there is none."""
     for path in (out / token_shards.MANIFEST, out / WORK / PLAN):
         if path.is_file():
             try:
                 plan = json.loads(path.read_bytes())
-                return {key: plan[key] for key in PLAN_KEYS}
+                return {key: plan[key] for key in PLAN_KEYS.split()}
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"--out {out}: its {path.name} is not of this program") from None
     return {}
 
 
 def refuse_changes(out: Path, old: dict, new: dict) -> None:
-    """ValueError if a restart has another source, tokenizer or option than the first start."""
+    """Raise ValueError if a restart has another source, tokenizer or option than it had first."""
     changes = [
         f"--{name} was {old['options'].get(name)!r} and is now {value!r}"
         for name, value in new["options"].items()
@@ -380,7 +314,7 @@ def refuse_changes(out: Path, old: dict, new: dict) -> None:
 
 
 def forecast(args: argparse.Namespace, size: int, tokens: float, exact: bool) -> None:
-    """Say what will be read and written and how long it takes; ValueError if it cannot fit."""
+    """Say what is read and written and how long that takes; raise ValueError if it cannot fit."""
     about = "" if exact else "about "
     free = host.free_bytes(args.out)
     there = sum(p.stat().st_size for p in (args.out, args.out / WORK) for p in p.glob("*.bin"))
@@ -416,12 +350,18 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
     # Over a network half of the workers wait for an answer while the other half computes.
     local = all("://" not in f.path and f.kind != "datasets" for f in files)
     units = corpus.find_units(files, args, begun.next, begun.digest)
-    progress = Progress(begun, size)
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds
+    bar = tqdm(
+        total=size or None, initial=begun.weight, unit="B", unit_scale=True, mininterval=every
+    )
     try:
         workers = args.workers if local else 2 * args.workers
         for tokens, unit in tokenize_all(units, plan["options"], workers, local):
             preparation.take(tokens, unit)
-            progress.show(preparation.place)
+            tokens = preparation.place.tokens
+            speed = words.count((tokens - begun.tokens) / (time.monotonic() - started))
+            bar.set_postfix_str(f"{words.count(tokens)} tokens, {speed} tokens/s", refresh=False)
+            bar.update(unit.weight)
         for file in files:
             if file.sha256 and "://" not in file.path and file.kind != "datasets":
                 again = sources.sign(dataclasses.replace(file, mtime_ns=0))
@@ -433,7 +373,7 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
         preparation.discard()
         raise
     finally:
-        progress.close()
+        bar.close()
         preparation.close()
     place = preparation.place
     order = sorted(preparation.shards, key=lambda key: (key[0] == "train", key[1]))

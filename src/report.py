@@ -48,15 +48,15 @@ def show(value) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "none"}[value]
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:g}"
+        return f"{value:.10g}"
     if isinstance(value, list | tuple):
         return " ".join(map(show, value))
     return str(value)
 
 
 def differing(runs: list[Run]) -> list[str]:
-    """Return the hyperparameters that differ between the runs, without flags that change nothing
-    that is learned and those that follow from others: what somebody asked for, if the runs say."""
+    """Return the hyperparameters that differ between the runs and change what is learned: of these
+    the ones that somebody asked for, if the runs say."""
     known = [run for run in runs if run.params]
     names = list(dict.fromkeys(name for run in known for name in run.params))
     names = [n for n in names if len({show(run.params.get(n)) for run in known}) > 1]
@@ -66,12 +66,7 @@ def differing(runs: list[Run]) -> list[str]:
         idle = {f.name for f in dataclasses.fields(Config) if not f.metadata["learned"]}
         names = [name for name in names if name not in idle]
     asked = {"model"}.union(*(run.record.get("asked", ()) for run in known))
-    names = [name for name in names if name in asked] or names
-    rates = [(run.params.get("max_lr"), run.params.get("min_lr")) for run in known]
-    numbers = all(isinstance(rate, int | float) for pair in rates for rate in pair)
-    if "min_lr" in names and numbers and all(math.isclose(low, 0.1 * top) for top, low in rates):
-        names.remove("min_lr")  # the default, which follows from max_lr
-    return names
+    return [name for name in names if name in asked] or names
 
 
 def label_and_style(runs: list[Run]) -> list[str]:
@@ -82,10 +77,9 @@ def label_and_style(runs: list[Run]) -> list[str]:
         run.label = ", ".join(parts[:IN_LEGEND]) + (", …" if len(parts) > IN_LEGEND else "")
     labels = [run.label for run in runs]
     for run in runs:
-        if not run.label:
-            run.label = run.name
-        elif labels.count(run.label) > 1:
-            run.label = f"{run.label} ({run.name})"
+        if labels.count(run.label) > 1:
+            run.label = f"{run.label} ({run.name})" if run.label else run.name
+        run.label = run.label or run.name
     charted = sorted(runs, key=rank)[:IN_CHARTS]
     for i, run in enumerate(run for run in runs if run in charted):
         run.style = i
@@ -93,7 +87,8 @@ def label_and_style(runs: list[Run]) -> list[str]:
 
 
 def rank(run: Run) -> tuple:
-    """Sort the lowest validation loss first; runs without one behind, by their training loss."""
+    """Return a key that sorts runs by their lowest validation loss; runs without one come last, by
+    their training loss."""
     best = run.best or (0.0, 0)
     return run.best is None, best[0], run.last("train") or math.inf, run.name
 
@@ -111,7 +106,7 @@ def auto_window(runs: list[Run]) -> int:
 
 
 def number(value: float | None, form: str = ".4f") -> str:
-    """Return it formatted; nothing for None."""
+    """Format a value; nothing stands for None."""
     return "" if value is None else format(value, form)
 
 
@@ -123,33 +118,27 @@ def recent_loss(run: Run, window: int) -> float | None:
 def run_table(runs: list[Run], names: list[str], window: int) -> dict[str, list[str]]:
     """Return column -> a cell per run, the run with the lowest validation loss first. Columns in
     which no run has anything are left out."""
-    runs = sorted(runs, key=rank)
-    columns: dict[str, list[str]] = {"run": [run.name for run in runs]}
-    for name in names:
-        columns[name] = [show(r.params[name]) if name in r.params else "" for r in runs]
-    rows = [table_row(run, window) for run in runs]
-    for name in rows[0]:
-        columns[name] = [row[name] for row in rows]
+    rows = [table_row(run, names, window) for run in sorted(runs, key=rank)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: cells for name, cells in columns.items() if any(cells)}
 
 
-def table_row(run: Run, window: int) -> dict[str, str]:
-    tokens = run.tokens_at(np.array([run.last_step]))
+def table_row(run: Run, names: list[str], window: int) -> dict[str, str]:
     hellaswag, rate, mfu = run.curve("hellaswag"), run.curve("rate"), run.curve("mfu")
-    scale = 0.01 if run.tag("mfu") == "mfu(%)" else 1.0
+    of_window = f" (of {window:,} steps)" if window > 1 else ""
     return {
+        "run": run.name,
+        **{name: show(run.params[name]) if name in run.params else "" for name in names},
         "step": f"{run.last_step:,}" + (f" of {run.goal:,}" if run.goal else ""),
-        "tokens": count(float(tokens[0])) if tokens is not None else "",
+        "tokens": "" if run.tokens is None else count(run.tokens),
         "training time": duration(float(run.clock[1][-1])) if run.last_step else "",
         "best validation loss": number(run.best and run.best[0]),
         "at step": number(run.best and run.best[1], ",d"),
         "last validation loss": number(run.last("validation")),
-        "last training loss" + (f" (of {window:,} steps)" if window > 1 else ""): number(
-            recent_loss(run, window)
-        ),
+        f"last training loss{of_window}": number(recent_loss(run, window)),
         "best HellaSwag": number(hellaswag and hellaswag.values.max()),
         "tokens/s (median)": number(rate and np.median(rate.values), ",.0f"),
-        "MFU (median)": number(mfu and scale * np.median(mfu.values), ".1%"),
+        "MFU (median)": number(mfu and np.median(mfu.values), ".1%"),
         "goodput": number(run.last("goodput"), ".1%"),
         "updates skipped": number(run.last("skips") or None, ".0f"),
     }
@@ -168,7 +157,7 @@ def text_table(columns: dict[str, list[str]]) -> str:
 
 
 def write_csv(file, runs: list[Run]) -> int:
-    """Write every point of every run as it was logged -> rows written."""
+    """Write every point of every run as it was logged; return how many."""
     rows = 0
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("run", "tag", "step", "wall_time", "value"))
@@ -240,64 +229,55 @@ def state_of(run: Run, now: float) -> str:
 
 
 def seconds_left(run: Run) -> float | None:
-    """Return what the steps to come take at the usual speed of the last 100."""
+    """Return what the steps to come take at the usual speed of the last 100; None at the end."""
     steps, seconds, _ = run.clock
-    if not run.goal or len(steps) < 2:
+    if not run.goal or len(steps) < 2 or run.last_step >= run.goal:
         return None
     recent = np.diff(seconds[-100:]) / np.diff(steps[-100:])
     return float((run.goal - run.last_step) * np.median(recent))
 
 
 def headline(run: Run, window: int, now: float) -> str:
-    """What one wants to know of a run at a glance; what it has not logged is left out."""
-    cards: list[tuple[str, str, str]] = []  # name, value, more: HTML
-
-    def card(name: str, value: str | None, more: str = "") -> None:
-        if value:
-            cards.append((name, value, more))
-
-    card("training loss", number(recent_loss(run, window)), f"mean of {window:,} steps")
+    """Say what one wants to know of a run at a glance; what it has not logged is left out."""
     best = f"lowest {run.best[0]:.4f} at step {run.best[1]:,}" if run.best else ""
-    card("validation loss", number(run.last("validation")), best)
-    left, done = seconds_left(run), run.goal and run.last_step >= run.goal
-    if left is not None and not done:
-        until = ""
-        with contextlib.suppress(OverflowError, ValueError, OSError):
-            until = f"{datetime.fromtimestamp(now + left):until about %a %d %b, %H:%M}"
-        card("remaining", duration(left), until)
-    skips, rollbacks = run.last("skips") or 0, run.last("rollbacks") or 0
+    left, until = seconds_left(run), ""
+    with contextlib.suppress(OverflowError, ValueError, OSError):
+        until = f"{datetime.fromtimestamp(now + (left or 0)):until about %a %d %b, %H:%M}"
     warnings = run.warnings()
-    incidents = [f"{skips:.0f} updates skipped"] * (skips > 0)
-    incidents += [f"{rollbacks:.0f} roll-backs"] * (rollbacks > 0)
-    if skips or rollbacks or any(tag in run.curves for tag in WARNING_TAGS):
-        card("warnings", str(len(warnings)) if warnings else "none", ", ".join(incidents))
-    if found := run.checkpoint():
-        card("last checkpoint", ago(found[1], now), f"step {found[0]:,}")
-    if run.last_step:
-        tokens = run.tokens_at(np.array([run.last_step]))
-        seen = "" if tokens is None else f"{count(float(tokens[0]))} tokens"
-        card("trained", duration(float(run.clock[1][-1])), seen)
-    mfu = run.last("mfu")
-    share = "" if mfu is None else f"MFU {mfu / (100 if run.tag('mfu') == 'mfu(%)' else 1):.1%}"
-    rate = run.curve("rate")
-    card("tokens per second", rate and f"{np.median(rate.values[-100:]):,.0f}", share)
-    card("HellaSwag", number(run.last("hellaswag")), "chance is 0.25")
+    incidents = [
+        f"{times:.0f} {name}"
+        for what, name in (("skips", "updates skipped"), ("rollbacks", "roll-backs"))
+        if (times := run.last(what))
+    ]
+    watched = incidents or any(tag in run.curves for tag in WARNING_TAGS)
+    saved = run.checkpoint()
+    rate, mfu = run.curve("rate"), run.curve("mfu")
     hours, kwh = run.curves.get("Performance/device_hours"), run.curves.get("Performance/kwh")
-    energy = f"{kwh.values[-1]:.3g} kWh" if kwh else ""
-    card("cost, device-hours", hours and f"{hours.values[-1]:.3g}", energy)
-    device, torch = run.record.get("device"), run.record.get("torch")
-    several = run.record.get("world_size")
-    several = f"{several} × " if isinstance(several, int) and several > 1 else ""
-    card("machine", device and f"<small>{esc(f'{several}{device}')}</small>",
-         esc(f"{show(run.params.get('dtype', ''))}, torch {torch}"))  # fmt: skip
+    device, several = run.record.get("device"), run.record.get("world_size")
+    device = f"{several} × {device}" if several not in (None, 1) else device
+    dtype = f"{show(run.params.get('dtype', ''))}, torch {run.record.get('torch')}"
+    cards = [  # name, value, more: HTML
+        ("training loss", number(recent_loss(run, window)), f"mean of {window:,} steps"),
+        ("validation loss", number(run.last("validation")), best),
+        ("remaining", left and duration(left), until),
+        ("warnings", watched and (str(len(warnings) or "none")), ", ".join(incidents)),
+        ("last checkpoint", saved and ago(saved[1], now), saved and f"step {saved[0]:,}"),
+        ("trained", run.last_step and duration(float(run.clock[1][-1])),
+         "" if run.tokens is None else f"{count(run.tokens)} tokens"),
+        ("tokens per second", rate and f"{np.median(rate.values[-100:]):,.0f}",
+         f"MFU {mfu.values[-1]:.1%}" if mfu else ""),
+        ("HellaSwag", number(run.last("hellaswag")), "chance is 0.25"),
+        ("cost, device-hours", hours and f"{hours.values[-1]:.3g}",
+         f"{kwh.values[-1]:.3g} kWh" if kwh else ""),
+        ("machine", device and f"<small>{esc(device)}</small>", esc(dtype)),
+    ]  # fmt: skip
     rows = "".join(
         f"<div><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>"
         for name, value, more in cards
+        if value
     )
-    bar = ""
-    if run.goal:
-        bar = f'<div class="bar"><i style="width:{min(100, 100 * run.last_step / run.goal):.1f}%">'
-        bar += "</i></div>"
+    done = f"{min(100, 100 * run.last_step / run.goal):.1f}" if run.goal else ""
+    bar = f'<div class="bar"><i style="width:{done}%"></i></div>' if done else ""
     notes = "".join(f'<p class="warning">{esc(text)}</p>' for text in warnings)
     return f'<p>{state_of(run, now)}</p>{bar}<dl class="cards">{rows}</dl>{notes}'
 
@@ -338,7 +318,8 @@ def facts(run: Run) -> str:
 
 
 def html_page(title: str, main: str, live: bool) -> str:
-    """One file; nothing is loaded from anywhere, whatever a run wrote. live: it renews itself."""
+    """Return the file, which loads nothing from anywhere, whatever a run wrote. live: it renews
+    itself."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     script = ""
     if live:
@@ -358,57 +339,56 @@ def html_page(title: str, main: str, live: bool) -> str:
 
 
 class Report:
-    """Runs as they are now, and the page of them."""
+    """Reads runs as they are now, and makes the page of them."""
 
     def __init__(self, words: list[str], tensorboard_dir: str, window: int | None):
-        """window: steps to average over; None: chosen."""
+        """Take the command's words. window: steps to average over; None: chosen."""
         self.words, self.tensorboard_dir, self.asked_window = words, tensorboard_dir, window
-        self.readers: dict[Path, object] = {}
-        self.seen: list = []  # what the page shows beside what is in event files
+        self.readers: dict[Path, RunReader] = {}
+        self.folders: dict[str, Path] = {}
+        self.checkpoints: list = []
         self.runs: list[Run] = []
         self.silent: list[str] = []  # names of runs without any point
+        self.table: dict[str, list[str]] = {}
+        self.notes: list[str] = []
 
     def update(self) -> bool:
-        """Read what is new -> whether anything is. ValueError: there is no such run."""
-        folders = find_runs(self.words, self.tensorboard_dir)
-        news = False
-        for folder in folders.values():
-            news |= self.readers.setdefault(folder, RunReader(folder)).update()
-        seen = list(folders.items())
-        if news or seen != self.seen[: len(seen)]:
-            runs = [Run(n, f, self.readers[f], read_record(f)) for n, f in folders.items()]
+        """Read what is new; return if anything is. Raise ValueError if there is no such run."""
+        before = self.folders, self.checkpoints
+        self.folders = find_runs(self.words, self.tensorboard_dir)
+        changed = False
+        for folder in self.folders.values():
+            changed |= self.readers.setdefault(folder, RunReader(folder)).update()
+        if changed or self.folders != before[0]:
+            runs = [Run(n, f, self.readers[f], read_record(f)) for n, f in self.folders.items()]
             self.runs = [run for run in runs if run.curves]
             self.silent = [run.name for run in runs if not run.curves]
-        seen += [run.checkpoint() for run in self.runs]
-        news, self.seen = news or seen != self.seen, seen
-        return news
-
-    def lay_out(self) -> None:
-        """Name, colour and count what is there."""
-        self.names = label_and_style(self.runs)
-        self.charted = [run for run in self.runs if run.style is not None]
-        self.window = self.asked_window or auto_window(self.charted)
-        self.table = run_table(self.runs, self.names, self.window)
-        self.notes = remarks(self.runs, self.silent)
+        self.checkpoints = [run.checkpoint() for run in self.runs]
+        return changed or (self.folders, self.checkpoints) != before
 
     @property
     def title(self) -> str:
         return f"Run {self.runs[0].name}" if len(self.runs) == 1 else f"{len(self.runs)} runs"
 
     def main(self) -> str:
-        """Return the page's content."""
+        """Lay out what is there: set the table and notes; return the page's content."""
+        names = label_and_style(self.runs)
+        charted = [run for run in self.runs if run.style is not None]
+        window = self.asked_window or auto_window(charted)
+        self.table = run_table(self.runs, names, window)
+        self.notes = remarks(self.runs, self.silent)
         now, single = time.time(), len(self.runs) == 1
         newest = max(self.runs, key=lambda run: run.last_time)
         made = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
         table = html_table(self.table, self.runs)
         parts = [f"<h1>{esc(self.title)}</h1>"]
         parts += [] if single else [f"<h2>{esc(newest.name)}</h2>"]
-        parts.append(headline(newest, self.window, now))
+        parts.append(headline(newest, window, now))
         if text := samples_of(newest):
             parts.append(f"<h2>Samples</h2>{text}")
         parts += [] if single else [f"<h2>All runs</h2>{table}"]
         parts += [f"<p>{esc(note)}</p>" for note in self.notes]
-        parts.append(charts.all_charts(self.charted, self.window))
+        parts.append(charts.all_charts(charted, window))
         parts += [f"<h2>Table</h2>{table}"] if single else []
         others = [run for run in sorted(self.runs, key=rank) if run is not newest]
         folds = [("samples of ", run, samples_of(run)) for run in others]
@@ -431,12 +411,11 @@ class Report:
             if not self.update():
                 return None
         except (ValueError, OSError) as error:
-            self.seen, self.runs, self.silent = [], [], [str(error)]
+            self.folders, self.runs, self.silent = {}, [], [str(error)]
         if not self.runs:
             text = f"<h1>Nothing logged yet</h1><p>{esc(', '.join(self.silent))}</p>"
             text += f'<p class="soft">Looked for again every {serving.EVERY} seconds.</p>'
             return html_page("Nothing logged yet", text, live=True)
-        self.lay_out()
         return html_page(self.title, self.main(), live=True)
 
     def write_csv(self, file) -> None:
@@ -446,14 +425,13 @@ class Report:
         text.detach()
 
     def write(self, out: Path) -> str:
-        """Write the folder -> what to print. ValueError for what the user has to change."""
+        """Write the folder; return what to print. Raise ValueError where that cannot be done."""
         start = time.monotonic()
         self.update()
         if not self.runs:
             raise ValueError(
                 f"{', '.join(self.silent)}: no scalars logged yet; try again in a moment"
             )
-        self.lay_out()
         page = html_page(self.title, self.main(), live=False)
         try:
             out.mkdir(parents=True, exist_ok=True)

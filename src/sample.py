@@ -31,39 +31,30 @@ from training.generation import stream
 class Options:
     """The fields are the flags; see runtime/flags.py."""
 
-    checkpoint: str | None = flag(
-        None,
+    # fmt: off
+    checkpoint: str | None = flag(None,
         "a checkpoint, a run's folder of them, a Hugging Face folder, or a model of the hub as "
-        "gpt2 [the newest under checkpoint_dir]",
-        group="model",
-    )
+        "gpt2 [the newest under checkpoint_dir]", group="model")
     run_name: str | None = flag(None, "the newest checkpoint of this run")
     checkpoint_dir: str = flag("checkpoints", "where runs save")
     device: str | None = flag(None, "cuda, cuda:1, mps or cpu [the best there is]")
-    dtype: str = flag(
-        "auto",
-        "precision; auto is bfloat16 where the device has it",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    dtype: str = flag("auto", "precision; auto is bfloat16 where the device has it",
+        choices=("auto", "float32", "bfloat16", "float16"))
 
-    prompt: str | None = flag(
-        None,
+    prompt: str | None = flag(None,
         "what to go on from; '' begins a new document [what is piped in; on a terminal you are "
-        "asked]",
-        group="text",
-        several=True,
-    )
+        "asked]", group="text", several=True)
     file: str | None = flag(None, "a file with a prompt on each line, UTF-8; - is standard input")
     out: str | None = flag(None, "with --file: JSON lines go here, a text each [standard output]")
     num_samples: int = flag(1, "texts for each prompt", least=1)
     max_tokens: int = flag(256, "longest text, in tokens, as far as the context goes", least=1)
     temperature: float = flag(0.8, "below 1 the likely gets likelier; 0 = always the likeliest")
     top_k: int = flag(50, "only the so many likeliest tokens; 0 = all")
-    top_p: float = flag(
-        1.0, "only the likeliest tokens that have this share together; 1 = all", above=0
-    )
+    top_p: float = flag(1.0, "only the likeliest tokens that have this share together; 1 = all",
+        above=0)
     seed: int = flag(1337, "the same seed, the same texts")
     batch_size: int = flag(16, "with --file: texts written at a time", least=1)
+    # fmt: on
 
 
 class Text:
@@ -92,19 +83,12 @@ def write(
     generator,
     show: Callable[[list[Text]], None] = lambda texts: None,
 ) -> list[Text]:
-    """num_samples texts for each prompt, in the order of the prompts; `show` sees them grow."""
+    """Return num_samples texts for each prompt, in their order; `show` sees them grow."""
     lengths = [len(prompt) for prompt in prompts for _ in range(options.num_samples)]
     texts = [Text() for _ in lengths]
-    for tokens in stream(
-        model,
-        prompts,
-        options.max_tokens,
-        generator,
-        count=options.num_samples,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-    ):
+    how = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    count, longest = options.num_samples, options.max_tokens
+    for tokens in stream(model, prompts, longest, generator, count=count, **how):
         for text, length, token in zip(texts, lengths, tokens, strict=True):
             if token == EOT:
                 text.end("endoftext")
@@ -119,7 +103,7 @@ def write(
 
 
 def encode(prompt: str, seq_len: int, max_tokens: int) -> tuple[list[int], str | None]:
-    """Token ids that leave room for a text, and a sentence if the prompt was cut for that.
+    """Return token ids that leave room for a text, and a sentence if the prompt was cut for that.
 
     An empty prompt is <|endoftext|>, after which a document begins; so is that word in a prompt.
     """
@@ -137,7 +121,7 @@ def encode(prompt: str, seq_len: int, max_tokens: int) -> tuple[list[int], str |
 
 
 def load_model(options: Options):
-    """(the model that the flags mean, ready to write; sentences about where it is from)."""
+    """Return (the model that the flags mean, ready to write; sentences about where it is from)."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_improved.py, before torch
     import torch
 
@@ -150,24 +134,20 @@ def load_model(options: Options):
     source = options.checkpoint or "latest"
     if options.run_name is not None:
         source = str(run_folder(options))
-    shape, weights, notes = pretrained.read_pretrained(source, options.checkpoint_dir)
-    if shape["seq_len"] < 2:
-        raise ValueError(f"{source}: a context of one token leaves no room to write")
-    with torch.device("meta"):  # no time for initial weights
-        model = train_improved.GPT(**shape)
-    model.load_state_dict(weights, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight  # one matrix again, as it was made
     # Cast once, instead of at every product: what is read at every token is the weights.
-    model = model.to(device, getattr(torch, dtype)).eval()
+    precision = getattr(torch, dtype)
+    model, notes = pretrained.load_model(
+        train_improved.GPT, source, device, options.checkpoint_dir, precision
+    )
+    if model.seq_len < 2:
+        raise ValueError(f"{source}: a context of one token leaves no room to write")
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(
-            f"{source}: some of its weights are not finite in {dtype}, it says nothing"
-        )
+        raise ValueError(f"{source}: some weights are not finite in {dtype}, it says nothing")
     return model, [*notes, f"{model.num_params():,} parameters, {dtype} on {device}"]
 
 
 def run_folder(options: Options) -> Path:
-    """Return the folder of --run_name; ValueError names the runs that there are."""
+    """Return the folder of --run_name; raise ValueError with the runs that there are."""
     if options.checkpoint is not None:
         raise ValueError("--run_name and --checkpoint both name a model: leave one out")
     folder = run_folders.run_folder(options.checkpoint_dir, options.run_name)
@@ -186,47 +166,39 @@ def run_folder(options: Options) -> Path:
 
 
 def say(text: str) -> None:
-    """Beside the texts, which go to standard output."""
+    """Print beside the texts, which go to standard output."""
     print(text, file=sys.stderr, flush=True)
 
 
-class Screen:
-    """Shows the texts one below the other, each while it is written: `show` of `write`.
+def screen(prompt: str, count: int) -> Callable[[list[Text]], None]:
+    """Return what shows the texts one below the other, each while it is written: `show` of `write`.
 
     While the first is written the others grow unseen beside it.
     """
+    shown = 0
 
-    def __init__(self, prompt: str, count: int):
-        self.prompt, self.count = prompt, count
-        self.row, self.shown = -1, 0  # the text on display, and how much of it is there
-        self._begin()
-
-    def _begin(self) -> None:
-        self.row, self.shown = self.row + 1, 0
-        if self.row < self.count:
-            title = f"--- {self.row + 1} of {self.count} ---\n" if self.count > 1 else ""
-            sys.stdout.write(title + self.prompt)
-
-    def __call__(self, texts: list[Text]) -> None:
-        while self.row < self.count:
-            text = texts[self.row]
-            sys.stdout.write(text.text[self.shown :])
-            self.shown = len(text.text)
+    def show(texts: list[Text]) -> None:
+        nonlocal shown
+        said = ""
+        for number, text in enumerate(texts, start=1):
+            said += f"--- {number} of {count} ---\n" * (count > 1) + prompt + text.text
             if text.stop is None:
                 break
-            sys.stdout.write("\n")
-            self._begin()
-        sys.stdout.flush()
+            said += "\n"
+        sys.stdout.write(said[shown:])
+        shown = len(said)
         terminal.check_output()
+
+    return show
 
 
 def answer(model, prompt: str, options: Options, generator) -> None:
-    """Texts for one prompt on the screen, then a line about them on standard error."""
+    """Show the texts for one prompt, then say a line about them."""
     ids, cut = encode(prompt, model.seq_len, options.max_tokens)
     if cut:
         say(cut)
     start = time.monotonic()
-    texts = write(model, [ids], options, generator, Screen(prompt, options.num_samples))
+    texts = write(model, [ids], options, generator, screen(prompt, options.num_samples))
     say(account(texts, time.monotonic() - start, model.seq_len))
 
 
@@ -262,7 +234,7 @@ def converse(model, options: Options, generator) -> None:
 
 
 def read_prompts(path: str) -> list[tuple[int, str]]:
-    """[(line number, prompt), ...] of the lines that are not blank."""
+    """Return [(line number, prompt), ...] of the lines that are not blank."""
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
@@ -291,7 +263,7 @@ def open_out(options: Options):
 
 
 def write_file(model, prompts: list[tuple[int, str]], options: Options, generator, out) -> None:
-    """JSON lines for all prompts of a file, each batch as soon as it is complete."""
+    """Write JSON lines for all prompts of a file, each batch as soon as it is complete."""
     from tqdm import tqdm
 
     utf8 = out.encoding.lower().startswith("utf")
@@ -319,10 +291,8 @@ def write_file(model, prompts: list[tuple[int, str]], options: Options, generato
 
 
 def run(options: Options) -> None:
-    """Do what the flags ask for; ValueError for what the user has to change."""
+    """Do what the flags ask for; raise ValueError for what the user has to change."""
     check_ranges(options)
-    if options.seed >= 1 << 64:
-        raise ValueError(f"--seed {options.seed}: is at most {(1 << 64) - 1}")
     if options.top_p > 1:
         raise ValueError(f"--top_p {options.top_p}: is a share, at most 1")
     if options.file is not None and options.prompt is not None:
@@ -354,7 +324,7 @@ def run(options: Options) -> None:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 2 wrong input, 130 stopped by Ctrl-C."""
+    """Return the exit code: 0, 2 wrong input, 130 stopped by Ctrl-C."""
     description = (__doc__ or "").rsplit("\n\n", 1)[0]
     run(Options(**parse_flags(Options, description, sys.argv[1:] if argv is None else argv)))
     return 0

@@ -44,7 +44,7 @@ PRESETS = {
 # The reference run (GPT-3 paper, table 2.1, for the learning rates), and a run for a laptop.
 REFERENCE = {"total_batch_size": 524_288, "epochs": 5, "max_lr": 6e-4}
 REFERENCE |= {"eval_freq": 250, "val_tokens": 2_097_152}
-TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 3e-3}
+TINY = {"total_batch_size": 1024, "max_steps": 600, "max_lr": 2e-3}
 TRAINING = {
     "tiny": TINY | {"eval_freq": 50, "val_tokens": 16_384},
     "gpt2": REFERENCE,
@@ -118,7 +118,7 @@ class Config:
         "adamw, or muon on the matrices inside the blocks and adamw on the rest",
         group="optimizer", choices=("adamw", "muon"))
     max_lr: float | None = flag(None,
-        "peak learning rate [6e-4 for gpt2; tiny 3e-3; a tenth with --init_from]",
+        "peak learning rate [6e-4 for gpt2; tiny 2e-3; a tenth with --init_from]",
         above=0, derived_from="model")
     min_lr: float | None = flag(None,
         "learning rate of the last step [cosine a tenth of max_lr, else 0]",
@@ -150,11 +150,11 @@ class Config:
         group="evaluation", derived_from="model data_dir", learned=False)
     val_tokens: int | None = flag(None, "validation tokens read each time [2097152; tiny 16384]",
         least=1, derived_from="model data_dir", learned=False)
-    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [eval_freq, or 250]",
+    hellaswag_freq: int | None = flag(None, "steps between HellaSwag scores [as sample_freq]",
         derived_from="eval_freq", learned=False)
     hellaswag_file: str = flag("data/hellaswag/hellaswag_val.jsonl",
         "HellaSwag items as JSON lines", path=True, learned=False)
-    sample_freq: int | None = flag(None, "steps between text samples [eval_freq, or 250]",
+    sample_freq: int | None = flag(None, "steps between text samples [eval_freq if given, or 250]",
         derived_from="eval_freq", learned=False)
     sample_prompt: str = flag("Hello, I'm a language model,", "what samples go on from",
         learned=False)
@@ -276,7 +276,7 @@ def resolve_model(cfg: Config, device: str) -> None:
     recipe = RECIPES[cfg.recipe]
     # --init_from: what is learned already is easily lost
     rate = defaults["max_lr"] * recipe["max_lr"] * (0.1 if cfg.init_from else 1.0)
-    defaults["max_lr"] = float(f"{rate:.6g}")  # 0.009, not 0.009000000000000001
+    defaults["max_lr"] = float(f"{rate:.6g}")  # 6e-05, not 5.9999999999999995e-05
     if "max_steps" in defaults:
         defaults["max_steps"] = round(defaults["max_steps"] * recipe["length"])
     if "epochs" in defaults:
@@ -385,12 +385,12 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Forward and backward, 6 per weight of a product plus attention (PaLM, appendix B)."""
+        """Count forward and backward: 6 per weight of a product, and attention (PaLM, app. B)."""
         positions = self.transformer.wpe.weight.numel()  # looked up, not multiplied
         return 6 * (self.num_params() - positions) + 12 * self.n_layer * self.n_embd * self.seq_len
 
     def features(self, idx_BT, positions=None, mask=None, cache: KVCache | None = None):
-        """Final hidden states (B, T, C), to be given to `logits` or to a loss.
+        """Return the final hidden states (B, T, C), to be given to `logits` or to a loss.
 
         `mask` (True = may look) and `positions` (B, T) replace the causal mask and 0..T-1;
         with `cache` the ids continue what the cache holds.
@@ -411,11 +411,11 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x):
-        """(..., C) -> (..., V) in float32."""
+        """Return scores (..., V) in float32 for hidden states (..., C)."""
         return self.lm_head(x).float()
 
     def forward(self, idx_BT, targets_BT):
-        """Mean cross-entropy of the next token, in nats, as a float32 scalar."""
+        """Return the mean cross-entropy of the next token, in nats, as a float32 scalar."""
         x_NC = GPT.features(self, idx_BT).view(-1, self.n_embd)  # self.features: sharding.shard
         return chunked_cross_entropy(x_NC, self.lm_head.weight, targets_BT.reshape(-1))
 
@@ -424,7 +424,7 @@ class GPT(nn.Module):
 
 
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
-    """Weight decay on matrices (embeddings too) and none on vectors, as GPT-3 and nanoGPT."""
+    """Give matrices (embeddings too) weight decay, vectors none, as GPT-3 and nanoGPT do."""
     hidden = []  # the matrices inside the blocks
     if cfg.optimizer == "muon":
         hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
@@ -482,7 +482,7 @@ class Run:
 
 
 def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
-    """All that is due at this step number, logged together when it is complete."""
+    """Do all that is due at this step number, and log it together when it is complete."""
     cfg, state, start = run.cfg, run.state, time.monotonic()
     by_position, texts = None, []
     if due(cfg.eval_freq, state, cfg):
@@ -498,7 +498,7 @@ def evaluate(run: Run, monitor: Monitor, poll: Poll) -> None:
 
 
 def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
-    """Gradients of one step's mean loss over all micro-batches and ranks -> that loss, (), fp32.
+    """Compute the gradients of a step's mean loss over all ranks; return that loss, (), fp32.
 
     batch (sequences, T+1) is this rank's share. Gradients are synchronised once, in the last
     backward pass, while it runs. Out of memory: once more, with a smaller micro-batch.
@@ -515,7 +515,7 @@ def forward_backward(run: Run, train_model: nn.Module, batch, poll: Poll) -> tor
 
 
 def accumulate_gradients(run: Run, train_model: nn.Module, batch, poll: Poll) -> torch.Tensor:
-    """One forward and backward pass for each micro-batch."""
+    """Make one forward and backward pass for each micro-batch; return the mean loss, ()."""
     micro_batches = batch.split(run.cfg.micro_batch_size)
     mean_loss = torch.zeros((), device=batch.device)
     for i, micro in enumerate(micro_batches):
@@ -692,7 +692,7 @@ class Training:
             self.save(say_so=True)
 
     def poll_alone(self, waiting: bool = False) -> None:
-        """The same where each rank calls as often as it likes: a sharded run stops a step later."""
+        """Poll where each rank calls as often as it likes: a sharded run stops a step later."""
         if self.sharded:
             self.supervisor.alive(waiting)
         elif waiting:
@@ -705,7 +705,7 @@ class Training:
 
 
 def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
-    """Decide everything that a run needs -> (the run, the checkpoint it goes on from, if any).
+    """Decide all that a run needs; return it and the checkpoint it goes on from, or None.
 
     Nothing is written but the sample corpus. Raise ValueError for what the user has to change.
     """
@@ -794,8 +794,8 @@ def program(command: flags.CommandLine) -> instead.Program:
     return instead.Program(command, Config, plan, resolve, *data, *tried)
 
 
-def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
-    """Everything that a planned run needs to train -> (training pass, loader, saver, monitor)."""
+def build(run: Run, checkpoint: dict | None, outside: notify.Outside):
+    """Make what a planned run trains with; return (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
     run.model.activation_checkpointing = cfg.activation_checkpointing
@@ -818,7 +818,7 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
     peak = machine.measure_peak_flops(dist.device, run.dtype) if dist.is_main else 1.0
     if dist.device.type == "cuda":
         torch.accelerator.reset_peak_memory_stats(dist.device)  # not of the trial
-    monitor = Monitor(run, peak, addresses)
+    monitor = Monitor(run, peak, outside)
     saver, content = None, checkpoint_of(run)
     if dist.is_main:
         saver = background.BackgroundSaver(monitor.announce)
@@ -827,15 +827,15 @@ def build(run: Run, checkpoint: dict | None, addresses: notify.Addresses):
 
 
 def main(command: flags.CommandLine | None = None) -> int:
-    """Exit codes: 0 finished as asked, 2 wrong input, 128 + signal stopped and saved."""
+    """Return 0: finished as asked, 2: wrong input, 128 + signal: stopped and saved, 1: a fault."""
     command, dist = command or read_flags(), None
     try:
-        addresses = notify.take_addresses(command.typed, command.in_file)
+        outside = notify.Outside(command.typed, command.in_file)
         flags_now = command.values()
         launch.adopt_slurm(os.environ)
         launch.check_environment(os.environ)
         if flags_now.get("doctor"):
-            return doctor.examine(program(command), addresses)
+            return doctor.examine(program(command), outside)
         if flags_now.get("print_config"):
             instead.print_config(program(command))
             return 0
@@ -848,7 +848,7 @@ def main(command: flags.CommandLine | None = None) -> int:
             return 0
         dist.on_main(lambda: planning.preflight(run, checkpoint))
         dist.remember(run.cfg.run_name)
-        train_model, loader, saver, monitor = build(run, checkpoint, addresses)
+        train_model, loader, saver, monitor = build(run, checkpoint, outside)
         checkpoint = None  # its memory, and its disk space once the file is deleted
     except (ValueError, OSError) as error:
         if dist is not None and dist.peers is not None:

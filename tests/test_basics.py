@@ -161,6 +161,23 @@ def test_a_full_disk_behind_the_output_ends_nothing(tmp_path):
     assert (tmp_path / "work").read_text() == "done"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("command", ["train_improved.py --print_config", "checkpoint_files.py"])
+def test_what_is_there_to_be_printed_is_not_lost_in_silence(tmp_path, command):
+    (tmp_path / "checkpoints").mkdir()
+    script, *words = command.split()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, SRC / script, *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_not_mistaken_for_files(tmp_path, closed):
     code = (

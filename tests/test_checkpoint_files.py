@@ -418,8 +418,6 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         archive.comment = b"made by hand"
     refused(tmp_path / "other.zip", "no checksum of this program")
     refused(tmp_path / "text.pt" / "x.pt", "cannot be read: Not a directory")
-    with pytest.raises(files.CheckpointError, match="not a possible file name"):
-        files.load("a\0b")
     assert issubclass(files.CheckpointError, ValueError)
 
 
@@ -934,8 +932,6 @@ def test_the_lock_survives_what_the_holder_does(tmp_path):
     run_folders.sweep(tmp_path)
     run_folders.find_latest(tmp_path)
     durable.check_writable(tmp_path)
-    with pytest.raises(ValueError, match="this very process"):
-        run_folders.RunLock().acquire(tmp_path)
 
     def another():
         with pytest.raises(ValueError, match=f"process {os.getppid()} on"):

@@ -370,6 +370,8 @@ def test_every_line_of_the_summary_is_explained():
     tree = ast.parse(inspect.getsource(summary.plan))
     dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
     names = [key.value for key in max(dicts, key=lambda d: len(d.keys)).keys]
+    added = [node.targets[0] for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    names += [target.slice.value for target in added if isinstance(target, ast.Subscript)]
     section = DOCS["QUICK_START.md"].split("## 4. Look at the plan")[1].split("\n## ")[0]
     sample = next(content for language, content in blocks(section) if language == "text")
     assert [line.split()[0] for line in sample.splitlines()] == names

@@ -202,7 +202,7 @@ def contents(folder: Path) -> dict:
 
 def test_an_export_is_replaced_only_if_nothing_in_it_changed(checkpoint, tmp_path, capsys):
     out = tmp_path / "deep" / "er"
-    assert export.export(checkpoint, out)[1] is None
+    assert export.export(checkpoint, out) is None
     before = contents(out)
     capsys.readouterr()
     assert export.main([str(checkpoint), str(out)]) == 0

@@ -1,9 +1,11 @@
 """benchmarks/learning.py: fits that find what is known, runs that go on, data sets kept apart."""
 
+import itertools
 import math
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 import train_improved as ti
 from conftest import ROOT, environment, write_data
 from tokens import shards, tokenizer
+from tokens.stream import WindowSource
 from training import muon
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -164,8 +167,14 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_not_run_again(data, tmp_pat
 @pytest.fixture
 def switch_on(monkeypatch):
     """optimizers.switch_on, undone at the end."""
-    for module, name in ((muon, "orthogonalized"), (muon, "MuonAdamW"), (ti, "learning_rate")):
-        monkeypatch.setattr(module, name, getattr(module, name))
+    for owner, name in (
+        (muon, "orthogonalized"),
+        (muon, "MuonAdamW"),
+        (ti, "learning_rate"),
+        (ti.GPT, "features"),
+        (WindowSource, "windows"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(optimizers, "NOW", {"step": 0, "steps": 1, "max_lr": 1.0})
     yield optimizers.switch_on
     optimizers.ON.clear()
@@ -197,7 +206,7 @@ def test_each_experiment_does_something_and_resumes_exactly(switch_on, monkeypat
     plain = after(12)
     switch_on("")
     assert all(map(torch.equal, after(12), plain)), "none of them: the program as it is"
-    for name in optimizers.EXPERIMENTS:
+    for name in optimizers.EXPERIMENTS.keys() - optimizers.DOCUMENTS:
         switch_on(name)
         tried = after(12)
         assert not all(map(torch.equal, tried, plain)), name
@@ -213,6 +222,61 @@ def test_polar_express_is_nearer_to_orthogonal():
         for way in (muon.orthogonalized, optimizers.polar_express)
     ]
     assert worst[1] < 0.2 < worst[0]
+
+
+def documents(folder: Path, vocabulary: int) -> Path:
+    """Cut shards with a thousand tokens into documents of about ten."""
+    tokens = np.random.default_rng(0).integers(0, vocabulary - 1, 1000).astype(np.uint16)
+    for split in ("train", "val"):
+        shards.write_shard(folder / f"x_{split}_000000.bin", tokens)
+    optimizers.cut(folder, folder / "cut", 10, vocabulary - 1)
+    cut = shards.open_split(folder / "cut", "train")
+    assert sorted(t for t in cut.read(0, cut.num_tokens) if t < vocabulary - 1) == sorted(tokens)
+    return folder / "cut"
+
+
+def test_a_document_apart_is_as_if_it_were_alone(switch_on, monkeypatch, tmp_path):
+    monkeypatch.setattr(ti, "VOCAB_SIZE", 64)
+    stream = shards.open_split(documents(tmp_path, 64), "train")
+    ids = torch.from_numpy(stream.windows(np.arange(4), 32)[:, :-1].astype(np.int64))
+    torch.manual_seed(0)
+    model = ti.GPT(2, 2, 16, 32)
+    packed = model.features(ids)
+
+    def apart() -> torch.Tensor:
+        rows = []
+        for row in ids:
+            begins = [0, *(i for i in range(1, 32) if row[i] == 63), 32]
+            pieces = [row[None, a:b] for a, b in itertools.pairwise(begins)]
+            rows.append(torch.cat([model.features(piece) for piece in pieces], 1))
+        return torch.cat(rows)
+
+    expected = apart()
+    assert not torch.allclose(packed, expected, atol=1e-3)
+    for name, alike in (
+        ("apart", False),
+        ("starts", False),
+        ("masked", False),
+        ("restarted", True),
+    ):
+        switch_on(name)
+        assert torch.allclose(model.features(ids), expected, atol=1e-5) == alike, name
+        with torch.no_grad():
+            assert torch.allclose(model.features(ids), expected, atol=1e-5), name
+    switch_on("masked")
+    changed = ids.clone()
+    last = int((ids[0] == 63).nonzero()[-1])
+    changed[0, :last] = 5
+    before, after = model.features(ids)[0, last:], model.features(changed)[0, last:]
+    assert torch.allclose(before, after, atol=1e-6)
+
+
+def test_windows_begin_where_documents_do(switch_on, tmp_path):
+    source = WindowSource([shards.open_split(documents(tmp_path, ti.VOCAB_SIZE), "train")], 16, 0)
+    plain = source.windows(np.arange(40))
+    assert not (plain[:, 0] == tokenizer.EOT).all()
+    switch_on("starts")
+    assert (source.windows(np.arange(40))[:, 0] == tokenizer.EOT).all()
 
 
 def test_a_smaller_vocabulary_spells_the_same_text(tmp_path):

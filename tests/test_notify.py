@@ -2,18 +2,22 @@
 
 import http.server
 import json
+import shlex
 import socket
 import subprocess
 import sys
 import threading
 import time
 from types import SimpleNamespace
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from conftest import ROOT, SMALL, environment, run, start
 from monitoring import notify
 from monitoring.monitor import Monitor
+from runtime.flags import words as words_of
+from train_improved import Config
 
 FAULTY = ROOT / "tests" / "faulty.py"
 
@@ -74,17 +78,16 @@ def wait_until(condition, seconds=20):
     assert condition()
 
 
-def notifier(*targets, clock=time.monotonic) -> tuple[notify.Notifier, list[str]]:
-    said = []
-    sending = notify.senders(list(targets), "myrun")
-    return notify.Notifier(sending, "myrun", said.append, clock), said
+def opened(*targets, clock=time.monotonic, **flags) -> tuple[notify.Outside, list[str]]:
+    outside, said = notify.Outside({"notify": shlex.join(targets)} | flags, {}), []
+    outside.open("myrun", said.append, clock)
+    return outside, said
 
 
 def test_a_service_of_apprise_gets_the_message(server):
     service = server()
-    told, said = notifier(f"ntfy://127.0.0.1:{service.port}/secret-topic")
-    assert told.tell("warning", "loss flat", step=300)
-    told.close()
+    outside, said = opened(f"ntfy://127.0.0.1:{service.port}/secret-topic")
+    outside.tell("warning", "loss flat", 300)
     wait_until(lambda: service.requests)
     body = json.loads(service.requests[0][2])
     assert body["message"] == "loss flat" and body["title"] == "myrun: warning"
@@ -93,22 +96,28 @@ def test_a_service_of_apprise_gets_the_message(server):
 
 def test_a_picture_goes_where_the_service_takes_one(server):
     service = server()
-    told, said = notifier(f"ntfy://127.0.0.1:{service.port}/topic")
-    told.tell(
-        "digest", "numbers", picture=lambda: notify.chart([(i, 5 - i / 100) for i in range(99)])
-    )
-    told.close()
+    outside, said = opened(f"ntfy://127.0.0.1:{service.port}/topic")
+    losses = [(i, 5 - i / 100) for i in range(99)]
+    outside.tell("digest", "numbers", 99, lambda path: notify.draw_losses(losses, path))
     wait_until(lambda: any(b"\x89PNG" in body for _, _, body in service.requests))
     assert said == []
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_message(server):
+    """As on a full disk, when the message matters most."""
+    service = server()
+    outside, said = opened(f"ntfy://127.0.0.1:{service.port}/topic")
+    outside.tell("digest", "numbers", 99, lambda path: 1 / 0)
+    wait_until(lambda: service.requests)
+    assert json.loads(service.requests[0][2])["message"] == "numbers" and said == []
 
 
 def test_a_command_gets_text_and_facts(tmp_path):
     out = tmp_path / "out"
     facts = "$NOTIFY_EVENT|$NOTIFY_RUN|$NOTIFY_STEP|$NOTIFY_TITLE"
     line = f'cmd: cat > "{out}"; echo "{facts}" >> "{out}"'
-    told, said = notifier(line)
-    told.tell("finished", "done, validation loss 3.2\n", step=42)
-    told.close()
+    outside, said = opened(line)
+    outside.end("finished", "done, validation loss 3.2\n", 42, well=True)
     assert out.read_text() == "done, validation loss 3.2\nfinished|myrun|42|myrun: finished\n"
     assert said == []
 
@@ -121,41 +130,54 @@ def test_a_service_in_trouble_costs_nothing_and_its_address_is_not_printed(serve
             port = free.getsockname()[1]
     else:
         port = server(trouble).port
-    told, said = notifier(f"json://user:hunter2@127.0.0.1:{port}/secret")
+    outside, said = opened(f"json://user:hunter2@127.0.0.1:{port}/secret")
     start = time.monotonic()
-    for i in range(300):  # more than the queue holds
-        told.tell(f"kind {i}", "text")
+    for _ in range(300):  # more than the queue holds
+        outside.tell("resumed", "text", 0)
     assert time.monotonic() - start < 1
     wait_until(lambda: said)
     assert "json://..." in said[0] and "training goes on" in said[0]
     assert "hunter2" not in said[0] and "secret" not in said[0] and str(port) not in said[0]
 
 
+def test_one_that_hangs_delays_no_other(server, tmp_path):
+    out = tmp_path / "out"
+    outside, _ = opened("cmd: sleep 20", f'cmd: cat > "{out}"')
+    start = time.monotonic()
+    outside.tell("started", "hello", 0)
+    wait_until(out.exists)
+    assert time.monotonic() - start < 10
+
+
 def test_never_more_than_a_stated_rate_and_repeats_are_counted(tmp_path):
     now, out = [0.0], tmp_path / "out"
-    told, _ = notifier(f'cmd: cat >> "{out}"', clock=lambda: now[0])
-    sent = [told.tell("warning", "again\n") for _ in range(50)]
-    assert sent == [True] + [False] * 49
-    now[0] = told.AGAIN + 1
-    assert told.tell("warning", "later\n")
-    sent = [told.tell("stopped", "x\n") for _ in range(50)]  # a kind that is never held back
-    assert sum(sent) < told.BURST
-    told.close()
-    assert "later\n\n(and 49 more like this since the last message)" in out.read_text()
+    outside, _ = opened(f'cmd: cat >> "{out}"', clock=lambda: now[0])
+    for _ in range(50):
+        outside.tell("warning", "again\n", 0)
+    for i in range(50):
+        outside.tell(f"kind {i}", "another\n", 0)
+    now[0] = outside.AGAIN + 1
+    outside.tell("warning", "later\n", 0)
+    outside.end("finished", "the end\n", 0, well=True)
+    said = out.read_text()
+    assert said.count("again\n") == 1 and said.count("another\n") == outside.BURST - 1
+    assert "another\n\n(not sent since the last message: 49 x warning)" in said
+    assert "later\n\n(not sent since the last message: 1 x kind 9, 1 x kind 10, " in said
+    assert said.endswith("the end\n")
 
 
 def test_targets_that_cannot_work_are_refused_without_their_secret(monkeypatch):
     for target in ("nosuch://secret@host", "secret-word"):
         with pytest.raises(ValueError, match="--notify") as caught:
-            notify.senders([target], "r")
+            notify.senders([target])
         assert "secret" not in str(caught.value)
     monkeypatch.delenv("NTFY", raising=False)
     with pytest.raises(ValueError, match=r"--notify \$NTFY: the environment has no NTFY"):
-        notify.senders(["$NTFY"], "r")
+        notify.senders(["$NTFY"])
     monkeypatch.setenv("NTFY", "json://localhost")
-    assert notify.senders(["$NTFY"], "r")[0][0] == "$NTFY"
+    assert notify.senders(["$NTFY"])[0][0] == "$NTFY"
     with pytest.raises(ValueError, match="--heartbeat"):
-        notify.check_url("--heartbeat", "ftp://x")
+        notify.checked_url("--heartbeat", "ftp://x")
 
 
 def test_a_command_line_is_redacted():
@@ -167,9 +189,32 @@ def test_a_command_line_is_redacted():
     ]  # fmt: skip
 
 
+def test_the_command_that_resumes_names_variables_and_not_what_is_in_them(monkeypatch):
+    monkeypatch.setenv("NTFY", "json://hunter2")
+    typed = {"notify": "$NTFY ${NTFY}", "seed": 1}
+    notify.Outside(typed, {})
+    words = ["--seed", "1", "--notify", "$NTFY", "--notify", "${NTFY}"]
+    assert words_of(typed, Config) == words
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "cmd: TOKEN=hunter2 curl x",
+        "cmd: echo>/hunter2",
+        "cmd: a/hunter2/send",
+        "$A/hunter2",
+        "hunter2",
+    ],
+)
+def test_no_part_that_may_be_a_secret_is_printed(target):
+    assert "hunter2" not in notify.redacted(target)
+
+
 def test_heartbeats_come_once_a_minute_and_in_each_service_s_words(server):
     service, now = server(), [0.0]
-    beat = notify.Heartbeat(f"http://127.0.0.1:{service.port}/ping/abc", clock=lambda: now[0])
+    url = f"http://127.0.0.1:{service.port}/ping/abc"
+    beat = notify.Heartbeat(url, print, clock=lambda: now[0])
     beat.start()
     wait_until(lambda: len(service.requests) == 1)
     for second in range(181):
@@ -180,9 +225,9 @@ def test_heartbeats_come_once_a_minute_and_in_each_service_s_words(server):
     beat.end(well=False)
     paths = [path for path, _, _ in service.requests]
     assert paths == ["/ping/abc/start", *["/ping/abc"] * 4, "/ping/abc/fail"]
-    kuma = notify.Heartbeat("http://kuma:3001/api/push/KEY?status=up&msg=OK&ping=")
+    kuma = notify.Heartbeat("http://kuma:3001/api/push/KEY?status=up&msg=OK&ping=", print)
     assert "status=up" in kuma.address("step") and "status=down" in kuma.address("fail")
-    other = notify.Heartbeat("http://host/any?x=1")
+    other = notify.Heartbeat("http://host/any?x=1", print)
     assert [other.address(e) for e in ("start", "step", "fail", "finish")] == [
         None, "http://host/any?x=1", None, "http://host/any?x=1",
     ]  # fmt: skip
@@ -190,7 +235,7 @@ def test_heartbeats_come_once_a_minute_and_in_each_service_s_words(server):
 
 def test_a_hanging_heartbeat_gets_no_second_one(server):
     service, now = server("hangs"), [0.0]
-    beat = notify.Heartbeat(f"http://127.0.0.1:{service.port}/x", clock=lambda: now[0])
+    beat = notify.Heartbeat(f"http://127.0.0.1:{service.port}/x", print, clock=lambda: now[0])
     start = time.monotonic()
     for second in range(0, 600, 10):
         now[0] = float(second)
@@ -206,7 +251,7 @@ def test_systemd_s_watchdog_is_fed(tmp_path, monkeypatch):
         systemd.bind(path)
         systemd.settimeout(5)
         monkeypatch.setenv("NOTIFY_SOCKET", path)
-        beat = notify.Heartbeat(None)
+        beat = notify.Heartbeat(None, print)
         beat.start()
         beat.step()
         beat.end(well=True)
@@ -215,28 +260,30 @@ def test_systemd_s_watchdog_is_fed(tmp_path, monkeypatch):
 
 
 def test_a_slowdown_is_told_when_it_begins_and_when_it_is_over():
+    """Also where most steps are as fast as ever and the machine does nothing in between."""
     slow, told = notify.Slowdown(), []
-    for seconds in [10.0] * 120 + [13.0] * 120 + [16.0] * 120 + [10.0] * 120:
+    stalled = [10.0, 10.0, 30.0] * 40
+    for seconds in [10.0] * 120 + [13.0] * 120 + stalled + [10.0] * 120:
         told.append(slow.step(seconds))
     said = [text for text in told if text]
-    assert len(said) == 2 and "1.6 times" in said[0] and said[1].startswith("over")
+    assert len(said) == 2 and "are 60% of the best" in said[0] and said[1].startswith("over")
 
 
-def test_a_digest_has_numbers_bests_and_a_chart():
-    now = [0.0]
-    digest = notify.Digest(notify.seconds_of("--notify_every", "24h"), clock=lambda: now[0])
-    for step in range(5000):
-        digest.step(step, 5 - step / 2000)
-    assert len(digest.losses) <= digest.POINTS and not digest.is_due()
-    digest.best["validation loss"] = (4000, 3.21)
-    now[0] = 86_401.0
-    assert digest.is_due()
-    text, draw = digest.take("step 5,000 of 9,000")
-    assert text.splitlines() == [
-        "step 5,000 of 9,000",
-        "new best validation loss: 3.2100 at step 4,000",
-    ]
-    assert draw()[:4] == b"\x89PNG" and not digest.is_due() and digest.best == {}
+def test_a_digest_has_numbers_bests_and_a_chart(server):
+    service, now = server(), [0.0]
+    target = f"ntfy://127.0.0.1:{service.port}/topic"
+    outside, _ = opened(target, clock=lambda: now[0], notify_every="24h")
+    outside.best("validation loss", 4000, 3.21)
+    for step in range(1, 5001):
+        now[0] = 86_400 * step / 4900  # due after step 4900, for the first time
+        outside.step(step, 5 - step / 2000, 0.1, lambda s=step: f"step {s:,} of 9,000")
+    now[0] += 86_400
+    outside.step(5001, 2.5, 0.1, lambda: "the next")
+    wait_until(lambda: len(service.requests) == 2)
+    texts = [parse_qs(urlsplit(path).query)["message"] for path, _, _ in service.requests]
+    bests = "new best validation loss: 3.2100 at step 4,000"
+    assert texts == [[f"step 4,900 of 9,000\n{bests}"], ["the next"]]
+    assert all(body.startswith(b"\x89PNG") for _, _, body in service.requests)
 
 
 @pytest.mark.parametrize("text", ["", "24", "0h", "1w", "-1h", "h"])

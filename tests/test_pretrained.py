@@ -407,17 +407,22 @@ def test_training_begins_with_the_weights_on_every_rank(workplace, model, data, 
     assert out.count("h.*.attn.bias (2 x) is not used") == 1, "said once, not by every process"
     assert "2 layers, 2 heads, width 16, context 32" in out and "first weights from hf" in out
     alone, _ = run(
-        *WITHOUT_SHAPE, "--init_from", "hf", "--run_name", "alone", cwd=workplace, data=data,
-        small=False,
+        *WITHOUT_SHAPE, "--init_from", "hf", "--run_name", "alone", "--log_jsonl", cwd=workplace,
+        data=data, small=False,
     )  # fmt: skip
     assert first_loss(alone) == first_loss(out)
+    with open(workplace / "runs" / "alone" / "metrics.jsonl") as lines:
+        first = json.loads(lines.readline())
+    assert first["step"] == 0, "what the source scores is worth a point"
+    assert f"{first['Loss/validation']:.4f}" == first_loss(out)
     source = open_source(str(data), "val", 32, 0)
     val = torch.from_numpy(source.windows_in_order(range(16)).astype("int64"))
     with torch.no_grad():
         assert f"{model(val[:, :-1], val[:, 1:]):.4f}" == first_loss(out)
     one, two = saved(workplace, "first", 1), saved(workplace, "alone", 4)
     assert one["config"]["init_from"] == "hf" and one["config"]["seq_len"] == 32
-    assert one["config"]["max_lr"] == pytest.approx(3e-4), "a tenth of the preset's"
+    rate = ti.TRAINING["tiny"]["max_lr"]
+    assert one["config"]["max_lr"] == pytest.approx(0.1 * rate), "a tenth of the preset's"
     for name, weight in model.state_dict().items():
         assert (one["model"][name] - weight).abs().max() < 1e-3, name
     for name, weight in saved(workplace, "first", 4)["model"].items():

@@ -1,13 +1,16 @@
 """--shard in real processes over gloo: the same numbers and the same file as without it."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from conftest import run, start
+from conftest import SCRIPT, environment, run, start
 from test_faults import faulty, saved_steps, wait_for_step, workers_of
 from test_plan import hellaswag_file
 from test_training import checkpoint, logged
@@ -74,3 +77,61 @@ def test_bad_steps_go_back_to_a_checkpoint(tmp_path, data):
     out, _ = faulty("loss", 5, 7, *flags, cwd=tmp_path, data=data, nproc=2)
     assert "updates in a row were skipped up to step 6 (--max_skips 2): back to" in out
     assert "finished at step 12 of 12" in out
+
+
+# In the smallest model that fills some buckets, which are made smaller too; with a compiler that
+# generates no code. Shares are of the operations in a backward pass: time would depend on others.
+SHARES = """
+import functools, json
+import torch, torch.distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+import train_improved as ti
+from runtime import passes
+
+class SmallBuckets(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, model, **options):
+        super().__init__(model, bucket_cap_mb=0.3, **options)
+
+class Count(TorchDispatchMode):
+    operations = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+def note(state, bucket):
+    ready.append(count.operations)
+    future = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 300_000
+torch.nn.parallel.DistributedDataParallel = SmallBuckets
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+dist = ti.Distributed("cpu", 900.0)
+model = ti.GPT(4, 2, 64, 32)
+cfg = ti.Config(compile=True, micro_batch_size=1, seq_len=32)
+run = ti.Run(cfg, set(), dist, None, None, [], torch.float32, model)
+run.optimizer = torch.optim.SGD(model.parameters())
+train_model = passes.prepare_pass(run, True)
+train_model.register_comm_hook(None, note)
+ids = torch.zeros(1, 33, dtype=torch.long)
+for _ in range(2):  # DDP arranges its buckets in the first
+    loss, ready = train_model(ids[:, :-1], ids[:, 1:]), []
+    with Count() as count:
+        loss.backward()
+if dist.is_main:
+    print(json.dumps([operations / count.operations for operations in ready]))
+dist.leave()
+"""
+
+
+def test_compiled_gradients_are_sent_while_the_backward_pass_runs(tmp_path):
+    (tmp_path / "shares.py").write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n{SHARES}"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "shares.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    shares = json.loads(done.stdout.splitlines()[-1])
+    assert shares[0] < 0.45 and sum(share < 0.9 for share in shares) >= 3, shares

@@ -91,7 +91,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(folder) -> str | None:
-    """Create `folder` and write, flush and remove a small file there; ValueError if that fails.
+    """Create `folder`, write, flush and remove a small file; raise ValueError if that fails.
 
     Return a sentence, and raise nothing, if only the disk is full: space may come back.
     """

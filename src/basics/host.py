@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_bytes(proc="/proc", cgroups="/sys/fs/cgroup") -> int | None:
-    """Memory that can be had without swapping, also within a container's limit; None: unknown."""
+    """Return the memory to be had without swapping, within a container's limit; None: unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError):
         for line in Path(proc, "meminfo").read_text().splitlines():

@@ -18,7 +18,7 @@ def path(text: str) -> str:
 
 
 def paths(text: str) -> str:
-    """As `path`, for a text of several: "~/a:0.7 ~/b:0.3"."""
+    """Do as `path` for a text of several: "~/a:0.7 ~/b:0.3"."""
     return re.sub(r"(?<!\S)~[^/\s:]*", lambda tilde: path(tilde[0]), text)
 
 

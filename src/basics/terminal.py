@@ -68,7 +68,7 @@ class Lasting:
 
 
 def make_lasting() -> None:
-    """Standard output and error drop what cannot be written, or their encoding does not have."""
+    """Make standard output and error drop what cannot be written, or their encoding has not."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
@@ -78,8 +78,9 @@ def make_lasting() -> None:
 
 
 def check_output() -> None:
-    """For a command whose whole work is what it prints: leave quietly when nobody reads it any
-    more, raise OSError when it cannot be written."""
+    """Leave quietly when nobody reads standard output any more, raise OSError when it cannot be
+    written: for a command whose whole work is what it prints."""
+    sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", None)
     if lost is not None and lost.errno in _GONE:
         sys.exit(0)

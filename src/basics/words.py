@@ -12,7 +12,7 @@ UNITS = (("years", YEAR, 2), ("d", 86400, 1), ("h", 3600, 1), ("min", 60, 1))  #
 
 
 def duration(seconds: float) -> str:
-    """5025 -> '1.4 h'. Seconds, minutes, hours, days, years; infinity is 'for ever'."""
+    """Return 5025 as '1.4 h': seconds, minutes, hours, days, years; infinity is 'for ever'."""
     seconds = _number(seconds)
     if math.isnan(seconds):
         return "unknown"
@@ -25,12 +25,12 @@ def duration(seconds: float) -> str:
 
 
 def size(n: float) -> str:
-    """1490000000 -> '1.49 GB'."""
+    """Return 1490000000 as '1.49 GB'."""
     return _scaled(_number(n), (" bytes", " kB", " MB", " GB", " TB", " PB"))
 
 
 def count(n: float) -> str:
-    """1490000000 -> '1.49B': of tokens, parameters, documents."""
+    """Return 1490000000 as '1.49B': of tokens, parameters, documents."""
     return _scaled(_number(n), ("", "k", "M", "B", "T"))
 
 
@@ -55,7 +55,7 @@ _COLOURS = {"red": 31, "green": 32, "yellow": 33}
 
 
 def tint(text: str, colour: str, stream=None) -> str:
-    """`text` in a colour if `stream` (standard output) is a terminal that wants any.
+    """Return `text` in a colour if `stream` (standard output) is a terminal that wants any.
 
     NO_COLOR with any content means none (no-color.org), TERM=dumb too.
     """

@@ -45,28 +45,20 @@ class BackgroundSaver:
         """Reserve memory for a copy of `state`, best before the first step, and say how much."""
         import torch
 
-        new = {}
-
-        def compare(tensor, where):
-            copy = self._copies.get(where)
-            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                new[where] = tensor
-
-        map_tensors(state, compare)
-        if not new or self.synchronous:
+        tensors = {}
+        map_tensors(state, lambda tensor, where: tensors.setdefault(where, tensor))
+        layout = {where: (t.shape, t.dtype) for where, t in tensors.items()}
+        if self.synchronous or layout == {w: (c.shape, c.dtype) for w, c in self._copies.items()}:
             return
-        if not self._copies.keys().isdisjoint(new):  # another model: never two copies at once
-            self.wait()
-            self._release()
-            return self.allocate(state)
-        needed, available = sum(tensor.nbytes for tensor in new.values()), available_bytes()
+        self.close()  # of another layout: never two copies at once
+        needed, available = sum(tensor.nbytes for tensor in tensors.values()), available_bytes()
         if available is not None and available < needed + self.headroom:
             return self._stay_synchronous(
                 f"{words.size(needed)} of memory for a copy would leave less than "
                 f"{words.size(self.headroom)} of {words.size(available)}"
             )
         try:
-            for where, tensor in new.items():
+            for where, tensor in tensors.items():
                 copy = torch.empty_like(tensor.detach(), device="cpu")
                 self._copies[where] = copy.zero_()  # its pages exist from now on
                 if tensor.is_cuda and tensor.nbytes >= PINNED_FROM and _pin(copy):
@@ -120,12 +112,11 @@ class BackgroundSaver:
         arguments = (Path(path), state, dict(info or {}), on_done, on_full)
         # Not a daemon: the interpreter waits for it, even after an exception.
         thread = threading.Thread(target=self._write, args=arguments, name="saver")
-        try:
-            if self.synchronous:
-                raise RuntimeError
-            thread.start()
-            self._thread = thread
-        except RuntimeError:  # also where the system gives this user no more threads
+        if not self.synchronous:
+            with contextlib.suppress(RuntimeError):  # the system gives this user no more threads
+                thread.start()
+                self._thread = thread
+        if self._thread is None:
             self._write(*arguments)
         return time.monotonic() - began
 

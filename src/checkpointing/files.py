@@ -44,16 +44,16 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used as a checkpoint; the text names the file and the reason."""
+    """Says which file cannot be used as a checkpoint, and the reason."""
 
     def __init__(self, path, reason: str):
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason = Path(path), reason
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Info:
-    """One checkpoint file as a folder lists it; nothing of it has been read."""
+    """Describes a checkpoint file as a folder lists it; nothing of it has been read."""
 
     path: Path
     step: int
@@ -67,7 +67,6 @@ def step_path(folder, step: int) -> Path:
 
 
 # --- Writing --------------------------------------------------------------------------------------
-
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 
@@ -115,7 +114,7 @@ def _without_rest(tensor, where: str):
 
 
 class _SealingWriter:
-    """What `torch.save` writes into: passes bytes on to a file and hashes them.
+    """Takes the bytes of `torch.save`, passes them on to a file and hashes them.
 
     The archive's last record is held back until `seal` has put the comment's length into it. That
     works in one pass because PyTorch writes its archives from front to back and never seeks.
@@ -195,13 +194,13 @@ def save(
             # Nobody will read it soon; on machines whose GPU shares the memory (DGX Spark) the
             # pages would be missing there.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        _known_good[_signature(path, os.fstat(file.fileno()))] = info
+        _known_good.add(_signature(path, os.fstat(file.fileno())))
 
 
 # --- Verifying and loading ------------------------------------------------------------------------
 
 # Files that this process wrote or verified, by name and identity: not hashed again for retention.
-_known_good: dict[tuple, dict] = {}
+_known_good: set[tuple] = set()
 
 
 def _signature(path: Path, st: os.stat_result) -> tuple:
@@ -209,7 +208,7 @@ def _signature(path: Path, st: os.stat_result) -> tuple:
 
 
 def is_known_good(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
+    with contextlib.suppress(OSError):
         return _signature(path, os.stat(path)) in _known_good
     return False
 
@@ -217,21 +216,19 @@ def is_known_good(path: Path) -> bool:
 @contextlib.contextmanager
 def _open(path: Path):
     """Yield the file, unbuffered; what the system refuses, also later, is a CheckpointError."""
+
+    def at_once(name, flags):  # without O_NONBLOCK a named pipe would wait for ever
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
     try:
-        mode = os.stat(path).st_mode  # first: opening a named pipe would wait for ever
+        with open(path, "rb", buffering=0, opener=at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(path, "is not a regular file")
+            yield file
     except FileNotFoundError:
         raise CheckpointError(path, "does not exist") from None
-    except OSError as e:
-        raise CheckpointError(path, f"cannot be read: {e.strerror}") from None
-    except ValueError:  # a NUL in the name
-        raise CheckpointError(repr(str(path)), "is not a possible file name") from None
-    if stat.S_ISDIR(mode):
-        raise CheckpointError(path, "is a folder, not a checkpoint file")
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(path, "is not a regular file")
-    try:
-        with open(path, "rb", buffering=0) as file:
-            yield file
+    except IsADirectoryError:
+        raise CheckpointError(path, "is a folder, not a checkpoint file") from None
     except OSError as e:  # no permission, or the disk cannot give it back
         raise CheckpointError(path, f"cannot be read: {e.strerror}") from None
 
@@ -275,11 +272,6 @@ def read_info(path) -> dict:
         return _read_comment(Path(path), file)[2]
 
 
-def saved_at(info: dict, otherwise: float) -> float:
-    value = info.get("saved_at")
-    return value if isinstance(value, int | float) else otherwise
-
-
 def verify(path) -> None:
     """Read the whole file and compare its checksum; CheckpointError names the file and the reason.
 
@@ -288,7 +280,7 @@ def verify(path) -> None:
     """
     path = Path(path)
     with _open(path) as file:
-        covered, digest, info = _read_comment(path, file)
+        covered, digest, _ = _read_comment(path, file)
         before = os.fstat(file.fileno())
         file.seek(0)
         sha, buffer = hashlib.sha256(), memoryview(bytearray(min(covered, CHUNK)))
@@ -300,7 +292,7 @@ def verify(path) -> None:
             covered -= n
     if sha.hexdigest().encode("ascii") != digest:
         raise CheckpointError(path, "is damaged: its content does not match its checksum")
-    _known_good[_signature(path, before)] = info
+    _known_good.add(_signature(path, before))
 
 
 def load(path, map_location="cpu") -> dict:

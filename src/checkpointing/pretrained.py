@@ -24,12 +24,7 @@ from checkpointing import files, run_folders
 from tokens.tokenizer import VOCAB_SIZE, fingerprint, vocabulary
 
 # OpenAI's models, as GPT-2's users call them.
-ALIASES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-}
+ALIASES = {f"gpt2{s}": f"openai-community/gpt2{s}" for s in ("", "-medium", "-large", "-xl")}
 SHAPE = ("n_layer", "n_head", "n_embd", "seq_len")
 
 
@@ -40,13 +35,25 @@ def read_pretrained(source: str, checkpoint_dir="checkpoints") -> tuple[dict, di
     Face folder or a .safetensors file in one, an alias or an id of the hub. What is here on disk
     goes before the hub. shape: n_layer, n_head, n_embd, seq_len. weights: a state dict with the
     names and layout of train_improved.GPT; tensors may share memory. notes: sentences, where it is
-    from and what did not fit. ValueError: not found, damaged, not reachable, or another kind of
-    model.
+    from and what did not fit. Raise ValueError for what is not found, damaged, not reachable, or
+    another kind of model.
     """
     path, notes = find(source, checkpoint_dir)
     read = _from_hugging_face if is_hugging_face(path) else _from_checkpoint_file
     shape, weights, more = read(path)
     return shape, weights, notes + more
+
+
+def load_model(model_class, source: str, device, checkpoint_dir="checkpoints", dtype=None):
+    """Return (the train_improved.GPT that `source` means, for evaluation; notes about it)."""
+    import torch
+
+    shape, weights, notes = read_pretrained(source, checkpoint_dir)
+    with torch.device("meta"):  # no time for initial weights
+        model = model_class(**shape)
+    model.load_state_dict(weights, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # one matrix again, as it was made
+    return model.to(device, dtype).eval(), notes
 
 
 # --- Finding --------------------------------------------------------------------------------------
@@ -150,10 +157,9 @@ def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
             )
             _weight_files(Path(folder))
         except Exception:
-            reason = next(iter(str(e).splitlines()), "")
             raise ValueError(
-                f"{nothing_here} the Hugging Face hub cannot be reached ({type(e).__name__}: "
-                f"{reason}): connect this machine, or bring the model's folder here and name it"
+                f"{nothing_here} the Hugging Face hub cannot be reached ({_short(e)}): connect "
+                "this machine, or bring the model's folder here and name it"
             ) from None
         return Path(folder), [f"{repository}: the hub cannot be reached, the cached copy is used"]
     sizes = {file.rfilename: file.size or 0 for file in found.siblings}
@@ -167,25 +173,23 @@ def from_hub(source: str, repository: str) -> tuple[Path, list[str]]:
             f"{repository} has no config.json and model.safetensors on the hub: make them with "
             f"{command}, and name that folder"
         )
-    missing = sum(
-        sizes[name]
-        for name in wanted
-        if not isinstance(
-            huggingface_hub.try_to_load_from_cache(repository, name, revision=found.sha), str
-        )
-    )
-    if missing:
+    find_cached = huggingface_hub.try_to_load_from_cache
+    cached = {n for n in wanted if isinstance(find_cached(repository, n, revision=found.sha), str)}
+    if missing := sum(sizes[name] for name in wanted if name not in cached):
         said = f"downloading {repository} from the hub: {words.size(missing)}"
         print(said, file=sys.stderr, flush=True)
     try:
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=wanted)
     except Exception as e:  # cut off, no space...
-        reason = next(iter(str(e).splitlines()), "")
         raise ValueError(
-            f"{repository} could not be downloaded ({type(e).__name__}: {reason}): try again, what "
-            "has arrived is kept"
+            f"{repository} could not be downloaded ({_short(e)}): try again, what has arrived is "
+            "kept"
         ) from None
     return Path(folder), [f"{repository} on the Hugging Face hub, revision {Path(folder).name}"]
+
+
+def _short(e: Exception) -> str:
+    return f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
 
 
 # --- Shapes and names -----------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def _from_checkpoint_file(path: Path) -> tuple[dict, dict, list[str]]:
 
 
 def from_checkpoint(checkpoint: dict, path) -> tuple[dict, dict]:
-    """Return (shape, weights) of a loaded checkpoint; ValueError if it is not the program's."""
+    """Return (shape, weights) of a loaded checkpoint; raise ValueError if it is not ours."""
     try:
         shape = {name: int(checkpoint["config"][name]) for name in SHAPE}
         weights = dict(checkpoint["model"])
@@ -256,7 +260,7 @@ def _from_hugging_face(path: Path) -> tuple[dict, dict, list[str]]:
 
     folder = path if path.is_dir() else path.parent
     stored = _read_tensors(_weight_files(path))
-    tensors, unused = {}, []
+    tensors = {}
     for name, tensor in stored.items():
         ours = _our_name(name)
         if ours in tensors and not torch.equal(tensors[ours], tensor):
@@ -321,8 +325,7 @@ def _read_tensors(paths: list[Path]) -> dict:
             with safetensors.safe_open(path, framework="pt") as file:
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, OSError) as e:
-            reason = next(iter(str(e).splitlines()), type(e).__name__)
-            raise ValueError(f"{path} is damaged or cannot be read: {reason}") from None
+            raise ValueError(f"{path} is damaged or cannot be read: {_short(e)}") from None
     return found
 
 
@@ -339,7 +342,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files that are one model; ValueError if that is not clear."""
+    """Return the safetensors files that are one model; raise ValueError if that is not clear."""
     if not path.is_dir():
         return [path]
     if (path / "adapter_config.json").exists():
@@ -391,7 +394,7 @@ def _read_config(folder: Path, shape: dict) -> dict:
 
 
 def _check_config(folder: Path, tensors: dict) -> tuple[dict, list[str]]:
-    """Return shape and notes; ValueError names all that makes it another model than GPT-2."""
+    """Return shape and notes; raise ValueError with all that makes it another model."""
     layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
     rows, columns = getattr(tensors.get("transformer.wpe.weight"), "shape", (1024, 768))
     shape = {"n_layer": len(layers), "n_head": 12, "n_embd": columns, "seq_len": rows}
@@ -472,7 +475,7 @@ def for_training(source: str, given: dict, preset: dict, checkpoint_dir) -> tupl
     """Return (shape, weights) for a run with the flags in `given`; print what was noted.
 
     preset: the shape that --model stands for, {} if it was not given. A shorter seq_len crops the
-    positions; what else differs from the source is a ValueError that names both values.
+    positions; raise ValueError with both values for what else differs from the source.
     """
     shape, weights, notes = read_pretrained(source, checkpoint_dir)
     for name, value in (preset | {n: given[n] for n in SHAPE if n in given}).items():

@@ -9,7 +9,6 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import ClassVar
 
 from basics.durable import make_folder
 from checkpointing.files import (
@@ -20,7 +19,6 @@ from checkpointing.files import (
     Info,
     is_known_good,
     read_info,
-    saved_at,
     step_path,
     verify,
 )
@@ -74,14 +72,16 @@ def find_latest(folder) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def find_latest_anywhere(checkpoint_dir) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Return as `find_latest`, over all run folders in `checkpoint_dir`: the one saved last."""
-
-    def when(candidate: Info) -> float:
-        with contextlib.suppress(CheckpointError):
-            return saved_at(read_info(candidate.path), candidate.mtime)
-        return candidate.mtime
-
     candidates = [c for run in run_folders(checkpoint_dir) for c in list_checkpoints(run)]
-    return _first_whole(sorted(candidates, key=lambda c: (when(c), c.step), reverse=True))
+    return _first_whole(sorted(candidates, key=lambda c: (saved_at(c), c.step), reverse=True))
+
+
+def saved_at(checkpoint: Info) -> float:
+    """Return the Unix time at which it was saved, or else its file's."""
+    with contextlib.suppress(CheckpointError):
+        value = read_info(checkpoint.path).get("saved_at")
+        return value if isinstance(value, int | float) else checkpoint.mtime
+    return checkpoint.mtime
 
 
 def run_folders(checkpoint_dir) -> list[Path]:
@@ -180,7 +180,7 @@ def validate_run_name(name: str) -> str:
 
 
 def run_folder(base, name: str) -> Path:
-    """`base`/`name`, which need not exist; ValueError if it leads out of `base` (a link)."""
+    """Return `base`/`name`, there or not yet; ValueError if it leads out of `base` (a link)."""
     folder = Path(base) / validate_run_name(name)
     resolved, inside = folder.resolve(), Path(base).resolve()
     if resolved == inside or not resolved.is_relative_to(inside):
@@ -195,7 +195,7 @@ def run_folder(base, name: str) -> Path:
 
 
 class RunLock:
-    """One training run per folder: a lock on `folder`/.lock that dies with the process.
+    """Keeps a folder for one training run: a lock on `folder`/.lock that dies with the process.
 
     A POSIX record lock (`fcntl.lockf`), because it belongs to this process alone: a forked child (a
     loader, a compile worker) that outlives a killed run does not go on holding it, as it would an
@@ -203,9 +203,6 @@ class RunLock:
     it, is met by never opening the file again in the process that holds it. What the file says
     is only for the message: after a crash it is stale, and the lock is free all the same.
     """
-
-    # (process, lock file): the kernel does not exclude a process from its own locks
-    _held: ClassVar[set[tuple[int, str]]] = set()
 
     def __init__(self):
         self.path: Path | None = None
@@ -215,47 +212,29 @@ class RunLock:
     def acquire(self, folder, patience: float = 0.0) -> "RunLock":
         """Take the lock of `folder`, which another process may hold for `patience` seconds more;
         then ValueError names its host and number."""
-        assert self.fd is None
         if fcntl is None:
             return self
         path = Path(folder).resolve() / ".lock"
         make_folder(path.parent)
-        if (os.getpid(), str(path)) in self._held:
-            raise ValueError(f"{folder} is in use by this very process ({os.getpid()})")
-        while True:
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            except OSError as e:
-                raise ValueError(f"cannot lock {folder}: {path}: {e.strerror}") from None
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    break
-            except FileNotFoundError:
-                pass  # removed between opening and locking: what we hold is nobody's lock
-            except OSError as e:
-                if e.errno in (errno.EACCES, errno.EAGAIN):
-                    holder = self._holder(fd)
-                    os.close(fd)
-                    if patience > 0:
-                        time.sleep(1)
-                        patience -= 1
-                        continue
-                    raise ValueError(
-                        f"{folder} is in use by {holder}: stop it or choose another --run_name"
-                    ) from None
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as e:
+            raise ValueError(f"cannot lock {folder}: {path}: {e.strerror}") from None
+        while not _try_lock(fd):
+            if patience <= 0:
+                holder = _holder(fd)
                 os.close(fd)
-                if e.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    return self  # a file system without locks
-                raise
-            os.close(fd)
+                raise ValueError(
+                    f"{folder} is in use by {holder}: stop it or choose another --run_name"
+                )
+            time.sleep(1)
+            patience -= 1
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         content = json.dumps(content | {"job": torchrun_job()}).encode("ascii")
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(fd, os.pwrite(fd, content, 0))
             self._content = content
         self.fd, self.path = fd, path
-        self._held.add((os.getpid(), str(path)))
         return self
 
     def holds(self, folder) -> bool:
@@ -275,7 +254,7 @@ class RunLock:
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
                 ours = self._content in (b"", os.pread(self.fd, 4096, 0))
-                return None if ours else self._holder(self.fd)
+                return None if ours else _holder(self.fd)
         except FileNotFoundError:
             return None  # somebody removed the folder: nobody else has it
         except OSError as error:
@@ -283,32 +262,43 @@ class RunLock:
                 return None
         return "another process"
 
-    @staticmethod
-    def _holder(fd: int) -> str:
-        for _ in range(20):  # the holder may be about to write its name
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                content = json.loads(os.pread(fd, 4096, 0))
-                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["time"]))
-                return f"process {content['pid']} on {content['host']} (since {since})"
-            time.sleep(0.05)
-        return "another process"
-
     def release(self) -> None:
         """Give the lock back; the file stays, since removing it would race with the next owner."""
         if self.fd is not None:
-            self._held.discard((os.getpid(), str(self.path)))
             os.close(self.fd)
             self.fd = self.path = None
 
 
+def _try_lock(fd: int) -> bool:
+    """Lock the file, if its file system has locks; return False if another process holds it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
+
+
+def _holder(fd: int) -> str:
+    for _ in range(20):  # the holder may be about to write its name
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = json.loads(os.pread(fd, 4096, 0))
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["time"]))
+            return f"process {content['pid']} on {content['host']} (since {since})"
+        time.sleep(0.05)
+    return "another process"
+
+
 def torchrun_job() -> str | None:
-    """What --rdzv_id calls the job that this process belongs to, if it does."""
+    """Return what --rdzv_id calls the job that this process belongs to, if it does."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if job == "none" else job
 
 
 def run_of_job(checkpoint_dir) -> str | None:
-    """Name of the run whose folder a process of our job claimed last, if one did."""
+    """Return the name of the run whose folder a process of our job claimed last, if one did."""
     found = []
     for folder in run_folders(checkpoint_dir) if torchrun_job() else ():
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):

@@ -1,9 +1,9 @@
 """The charts of report.py: curves smoothed, thinned out and drawn, as HTML that fits any screen.
 
 A chart is an SVG that its page stretches to any width, under words that are HTML: they keep their
-size on a phone, take the page's colours, dark or light, and print sharply. `run` is a report.Run;
-its number of style is a colour of its own among 12 and, for eyes that see few colours and for print
-in grey, a dash.
+size on a phone, take the page's colours, dark or light, and print sharply. `run` is a runs.Run; its
+style is the number of a colour of its own among 12 and, for eyes that see few colours and for print
+in grey, of a dash.
 
 Sections: Curves · Drawing · Charts
 """
@@ -75,20 +75,13 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if high < 1000 * low else (1,)
-    found = [m * 10.0**p for p in powers for m in digits]
-    return [v for v in found if low <= v <= high]
-
-
-def number(value: float) -> str:
-    """Return a tick as one would write it."""
+def tick_label(value: float) -> str:
+    """Write a tick as one would."""
     return f"{round(value):,}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
 class Chart:
-    """A chart in the making: lines in the units of its axes, and the words around them.
+    """Collects lines, in the units of its axes, and the words around them.
 
     by: what its horizontal axis is, "steps", "tokens" or "time". It begins at 0 unless all runs
     begin far from it, as one that goes on from another's checkpoint.
@@ -99,8 +92,9 @@ class Chart:
         self.lines: list[tuple] = []  # (CSS classes, x, y)
         self.legend: list[tuple[str, str]] = []  # (CSS classes, words)
         self.goals: list[tuple[float, str]] = []  # horizontal lines with a name
+        self.marks: list[float] = []  # x of what is marked at the foot
         self.notes: list[str] = []
-        self.y_range, self.log = (0.0, 1.0), False
+        self.y_range = 0.0, 1.0
         self.unit, self.x_name = 1.0, {"steps": "step"}.get(by, by)
         ends = [self.x(run, np.array([run.first_step, run.last_step])) for run in runs]
         low, high = min(x[0] for x in ends), max(x[1] for x in ends)
@@ -116,110 +110,109 @@ class Chart:
     def x(self, run, steps):
         return run.along(self.by, steps) / self.unit
 
-    def line(self, run, curve, average: str = "", look: str | None = None) -> str:
+    def line(self, run, curve, average: str = "") -> str:
         """Draw a run's curve. average: "mean" or "median" over the window, with the curve as logged
         faint behind it, if there are enough points; "" draws it as it is. Return what was drawn."""
-        look = color(run) if look is None else look
-        x, y = self.x(run, curve.steps), curve.values
+        css, x, y = color(run), self.x(run, curve.steps), curve.values
         if not average or not is_noisy(curve, self.window):
             dots = " dots" if len(curve) <= BEADS else ""
-            self.lines.append((look + dots, *extremes(x, y)))
+            self.lines.append((css + dots, *extremes(x, y)))
             return ""
         if len(self.runs) <= FAINT_RUNS:
-            self.lines.insert(0, (f"{look} faint", *extremes(x, y)))
+            self.lines.insert(0, (f"{css} faint", *extremes(x, y)))
         places, y = smooth(curve, self.window, getattr(np, average))
-        self.lines.append((look, x[places], y))
+        self.lines.append((css, x[places], y))
         return f"{average} of {self.window:,} steps"
 
     def explain(self, drawn: str, what: str = "") -> None:
         """Say in the legend what is an average, and what is not."""
-        look = "grey" if len(self.runs) > 1 else color(self.runs[0])
+        css = "grey" if len(self.runs) > 1 else color(self.runs[0])
         if drawn or what:
-            self.legend.append((look, ", ".join(filter(None, (what, drawn)))))
+            self.legend.append((css, ", ".join(filter(None, (what, drawn)))))
         if drawn and len(self.runs) <= FAINT_RUNS:
-            self.legend.append((f"{look} faint", "as logged"))
+            self.legend.append((f"{css} faint", "as logged"))
 
     def mark_incidents(self) -> None:
         """Mark skipped updates and roll-backs at the foot of the chart."""
         for what, name in (("skips", "updates skipped"), ("rollbacks", "roll-backs")):
-            count = 0
-            for run in self.runs:
-                if len(steps := run.increases(what)):
-                    foot = np.full(len(steps), self.y_range[0])
-                    self.lines.append(("marks", self.x(run, steps), foot))
-                    count += round(run.curve(what).values[-1])
-            if count:
-                self.legend.append(("marks", f"{name}: {count}"))
+            places = np.concatenate([self.x(run, run.increases(what)) for run in self.runs])
+            if len(places):
+                self.marks += places.tolist()
+                self.legend.append(("marks", f"{name}: {len(places)}"))
 
-    def fit(self, zero: bool = False) -> None:
-        """Show every value and every goal; from 0 on if `zero`."""
-        values = [y for _, _, y in self.lines] + [[y for y, _ in self.goals]]
-        values = np.concatenate(values)
-        low, high = float(values.min()), float(values.max())
+    def fit(self, zero: bool = False, outliers: bool = True) -> None:
+        """Show every value and every goal, from 0 on if `zero`; but without `outliers` neither the
+        steep fall of the first 2% nor single spikes, where little could be seen of the rest."""
+        goals = [y for y, _ in self.goals]
+        whole = np.concatenate([goals, *(y for _, _, y in self.lines)])
+        shown = [whole]
+        if not outliers:
+            shown = [goals]
+            for css, x, y in self.lines:
+                later = y[x > 0.02 * self.x_range[1]] if len(y) >= 50 else y
+                raw = "faint" in css and len(later) >= 50
+                shown.append(np.percentile(later, [0.2, 99.8]) if raw else later)
+        shown = np.concatenate(shown)
+        low, high, top = float(shown.min()), float(shown.max()), float(whole.max())
+        if top < high + 0.35 * (high - low):
+            high = top
         gap = 0.06 * (high - low) or 0.1 * abs(high) or 0.5
         self.y_range = (0.0 if zero else low - gap), high + gap
-
-    def fit_log(self) -> None:
-        """The same on a logarithmic axis."""
-        values = np.concatenate([y[y > 0] for _, _, y in self.lines])
-        self.log, self.y_range = True, (0.9 * np.percentile(values, 0.1), 1.15 * values.max())
+        if top > high + gap:
+            self.notes.append(f"The highest values, up to {top:.2f}, are above the chart.")
 
     # -- to HTML ----------------------------------------------------------------------------------
 
     def _height(self, y):
         """Return heights as shares of the chart's."""
-        low, high = self.y_range
-        y = np.asarray(y, float)
-        if self.log:
-            y, low, high = np.log(np.maximum(y, 1e-300)), math.log(low), math.log(high)
-        return (y - low) / (high - low)
+        return (np.asarray(y, float) - self.y_range[0]) / (self.y_range[1] - self.y_range[0])
 
     def _along(self, x):
         return (np.asarray(x, float) - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
 
-    def _path(self, look: str, x, y) -> str:
+    def _path(self, css: str, x, y) -> str:
         x = np.round(UNITS * self._along(x)).astype(int).tolist()
         y = np.round(UNITS * (1 - np.clip(self._height(y), -1, 2))).astype(int).tolist()
         points = [f"{a} {b}" for a, b in zip(x, y, strict=True)]
-        if "marks" in look:
-            return f'<path class="{look}" d="{"".join(f"M{point}v-250" for point in points)}"/>'
         path = ""
-        if len(points) > 1 and "alone" not in look:
-            path = f'<path class="{look.replace(" dots", "")}" d="M{"L".join(points)}"/>'
-        if "dots" in look or len(points) == 1:
+        if len(points) > 1 and "alone" not in css:
+            path = f'<path class="{css.replace(" dots", "")}" d="M{"L".join(points)}"/>'
+        if "dots" in css or len(points) == 1:
             dots = "".join(f"M{point}h.1" for point in points)
-            path += f'<path class="{look} dots" d="{dots}"/>'
+            path += f'<path class="{css} dots" d="{dots}"/>'
         return path
 
-    def html(self, size: str = "") -> str:
-        """Return the figure. size: "small" for one of many."""
-        esc, few = html.escape, 3 if size else 6
-        y_ticks = log_ticks(*self.y_range) if self.log else ticks(*self.y_range, few)
-        format_x = count if self.by == "tokens" else number
+    def html(self) -> str:
+        """Return the figure."""
+        esc, y_ticks = html.escape, ticks(*self.y_range)
+        format_x = count if self.by == "tokens" else tick_label
         paths, words = [], []
-        for look, heights in (("grid", y_ticks), ("goal", [y for y, _ in self.goals])):
+        for css, heights in (("grid", y_ticks), ("goal", [y for y, _ in self.goals])):
             for y in heights:
                 down = UNITS * (1 - self._height(y))
-                paths.append(f'<path class="{look}" d="M0 {down:.0f}h{UNITS}"/>')
+                paths.append(f'<path class="{css}" d="M0 {down:.0f}h{UNITS}"/>')
         paths += [self._path(*line) for line in self.lines]
-        for look, y, name in [
-            *(("y", y, number(y)) for y in y_ticks),
+        if self.marks:
+            feet = [f"M{x:.0f} {UNITS}v-250" for x in UNITS * self._along(self.marks)]
+            paths.append(f'<path class="marks" d="{"".join(feet)}"/>')
+        for css, y, name in [
+            *(("y", y, tick_label(y)) for y in y_ticks),
             *(("goalname", *goal) for goal in self.goals),
         ]:
             bottom = 100 * self._height(y)
-            words.append(f'<span class="{look}" style="bottom:{bottom:.2f}%">{esc(name)}</span>')
-        for x in ticks(*self.x_range, few - 1):
+            words.append(f'<span class="{css}" style="bottom:{bottom:.2f}%">{esc(name)}</span>')
+        for x in ticks(*self.x_range, 5):
             left = 100 * self._along(x)
             words.append(f'<span class="x" style="left:{left:.2f}%">{format_x(x)}</span>')
         words.append(f'<span class="name">{esc(self.x_name)}</span>')
         keys = []
-        for look, label in self.legend:
-            line = "14 5h.1" if "dots" in look else "14 10v-9" if "marks" in look else "0 5h28"
-            key = f'<svg viewBox="0 0 28 10"><path class="{look}" d="M{line}"/></svg>'
+        for css, label in self.legend:
+            line = "14 5h.1" if "dots" in css else "14 10v-9" if "marks" in css else "0 5h28"
+            key = f'<svg viewBox="0 0 28 10"><path class="{css}" d="M{line}"/></svg>'
             keys.append(f"<li>{key}{esc(label)}</li>")
         note = f"<p>{esc(' '.join(self.notes))}</p>" if self.notes else ""
         return (
-            f'<figure class="{size}"><figcaption>{esc(self.title)}</figcaption>'
+            f"<figure><figcaption>{esc(self.title)}</figcaption>"
             f'<ul class="legend">{"".join(keys)}</ul><div class="plot">'
             f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" role="img" '
             f'aria-label="{esc(self.title)}">{"".join(paths)}</svg>{"".join(words)}</div>'
@@ -235,15 +228,14 @@ def color(run) -> str:
 
 GPT2_LOSS = 3.292  # GPT-2 124M by OpenAI on FineWeb-Edu's validation shard (llm.c's figure)
 GPT2_HELLASWAG, CHANCE = 0.2955, 0.25
-OTHER_CHARTS = 12
 TIMES = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def loss_chart(runs: list, window: int, by: str, title: str) -> str:
-    """Training and validation together."""
+    """Draw the losses of training and validation together."""
     shown = [run for run in runs if run.curve("train") or run.curve("validation")]
     if by == "tokens":
-        shown = [run for run in shown if run.tokens_at(np.array([run.last_step])) is not None]
+        shown = [run for run in shown if run.tokens is not None]
     if not any(run.last_step for run in shown):  # only step 0 so far
         return ""
     chart, drawn = Chart(title, shown, window, by), ""
@@ -253,52 +245,33 @@ def loss_chart(runs: list, window: int, by: str, title: str) -> str:
         if train:
             drawn = chart.line(run, train, "mean") or drawn
         if validation:
-            look = "c1 dots" if single else f"{color(run)} dots alone"
+            css = "c1 dots" if single else f"{color(run)} dots alone"
             points = extremes(chart.x(run, validation.steps), validation.values)
-            chart.lines.append((look, *points))
+            chart.lines.append((css, *points))
     if any(run.curve("train") for run in shown):
         chart.explain(drawn, "training")
     if any(run.curve("validation") for run in shown):
         chart.legend.append(("c1 dots" if single else "grey dots", "validation"))
     if all(run.is_fineweb_edu for run in shown):
         chart.goals.append((GPT2_LOSS, f"GPT-2 124M: {GPT2_LOSS}"))
-    limit_loss(chart)
+    chart.fit(outliers=False)
     chart.mark_incidents()
     if by == "time":
         chart.notes += [f"Time: {'; or '.join(sorted({run.clock[2] for run in shown}))}."]
     return chart.html()
 
 
-def limit_loss(chart: Chart) -> None:
-    """Leave out the steep fall of the first 2% and single spikes, behind which little could be seen
-    of the rest; but show the whole where that is not much more."""
-    rest = [np.array([y for y, _ in chart.goals])]
-    for look, x, y in chart.lines:
-        later = y[x > 0.02 * chart.x_range[1]] if len(y) >= 50 else y
-        raw = "faint" in look and len(later) >= 50
-        rest.append(np.percentile(later, [0.2, 99.8]) if raw else later)
-    rest = np.concatenate(rest)
-    low, high = float(rest.min()), float(rest.max())
-    top = float(max(y.max() for _, _, y in chart.lines))
-    if top < high + 0.35 * (high - low):
-        high = top
-    margin = 0.05 * (high - low) or 0.1
-    chart.y_range = low - margin, high + margin
-    if top > high + margin:
-        chart.notes.append(f"The highest values, up to {top:.2f}, are above the chart.")
-
-
 def chart_of(runs: list, window: int, what: str, title: str, average: str = "") -> str:
-    """One quantity, as report.TAGS names it."""
+    """Draw one quantity, as runs.TAGS names it."""
     shown = [run for run in runs if run.curve(what)]
     if not shown:
         return ""
     chart = Chart(title, shown, window)
-    for drawn in [chart.line(run, run.curve(what), average) for run in shown][-1:]:
-        chart.explain(drawn)
+    chart.explain(max(chart.line(run, run.curve(what), average) for run in shown))
     if what == "hellaswag":
         chart.goals = [(CHANCE, "chance"), (GPT2_HELLASWAG, f"GPT-2 124M: {GPT2_HELLASWAG}")]
     if what == "norm":
+        chart.mark_incidents()
         for run in shown:
             clip = run.params.get("grad_clip")
             if isinstance(clip, int | float) and clip > 0:
@@ -307,35 +280,12 @@ def chart_of(runs: list, window: int, what: str, title: str, average: str = "") 
                 share = np.mean(run.curve(what).values > clip)
                 chart.notes.append(f"Clipped: {share:.1%} of updates{whose}.")
         chart.goals = sorted(set(chart.goals))
-    chart.fit(zero=what != "hellaswag")
-    if what == "norm":
-        norms = np.concatenate([run.curve(what).values for run in shown])
-        if norms.max() > 8 * np.median(norms) > 0:
-            chart.fit_log()
-        chart.mark_incidents()
+    chart.fit(zero=what != "hellaswag", outliers=what != "norm")
     return chart.html()
 
 
-def other_charts(runs: list) -> str:
-    """What is in the files beyond the tags above, small."""
-    tags = sorted(set().union(*(run.other_tags for run in runs)))
-    figures = []
-    for tag in tags[:OTHER_CHARTS]:
-        having = [run for run in runs if tag in run.other_tags]
-        chart = Chart(tag, having)
-        for run in having:
-            chart.line(run, run.curves[tag].finite())
-        chart.fit()
-        chart.legend = chart.legend if len(having) < len(runs) else []
-        figures.append(chart.html("small"))
-    more = len(tags) - OTHER_CHARTS
-    note = f"<p>{more} more tags are in scalars.csv.</p>" if more > 0 else ""
-    many = f'<div class="many">{"".join(figures)}</div>{note}'
-    return f'<details id="other"><summary>Other scalars</summary>{many}</details>' if tags else ""
-
-
 def all_charts(runs: list, window: int) -> str:
-    """Every chart that has something to show, as HTML."""
+    """Return every chart that has something to show, as HTML."""
     kinds = [("steps", "Loss")]
     if len(runs) > 1:  # one run's would differ in nothing but the numbers below
         kinds = [("steps", "Loss by step"), ("tokens", "Loss by tokens"), ("time", "Loss by time")]
@@ -348,4 +298,4 @@ def all_charts(runs: list, window: int) -> str:
         chart_of(runs, window, "lr", "Learning rate"),
         chart_of(runs, window, "rate", "Tokens per second", "median"),
     ]
-    return "".join(figures) + other_charts(runs)
+    return "".join(figures)

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 
 class Clock:
-    """Training and total time of a run across its restarts (after big_vision's Chrono).
+    """Counts every stretch of time once, as training or as overhead (evaluation, checkpoints,
+    histograms), so that step times contain nothing else (after big_vision's Chrono).
 
-    Every stretch of time is counted once, as training or as overhead (evaluation, checkpoints,
-    histograms), so that step times contain nothing else. The sums are in the train state, and so in
-    every checkpoint: `train_seconds`, `total_seconds`, `device_seconds` (the total times the number
-    of processes) and `watt_seconds` (energy in joules).
+    The sums are in the train state, so they go on across restarts: `train_seconds`,
+    `total_seconds`, `device_seconds` (the total times the number of processes) and `watt_seconds`
+    (energy in joules).
     """
 
     def __init__(self, state, processes: int, energy: Callable[[], float]):

@@ -12,7 +12,7 @@ import torch
 
 
 class EnergyMeter:
-    """Energy of the devices that train on this machine, in joules, sampled by a thread.
+    """Adds up what the devices that train on this machine use, in joules, in a thread of its own.
 
     CUDA: the power that nvidia-smi reports for the GPUs of this machine's processes. CPU: the
     counters of the processor packages, where Linux lets this user read them; all that runs on the
@@ -33,14 +33,13 @@ class EnergyMeter:
             joules = _package_joules(powercap)
         else:
             return
-        args = (joules,)
-        threading.Thread(target=self._watch, args=args, name="energy", daemon=True).start()
+        watch = threading.Thread(target=self._watch, args=[joules], name="energy", daemon=True)
+        watch.start()
 
     def take(self) -> float:
-        """Joules since the last call."""
-        used = self._used
-        new, self._taken = used - self._taken, used
-        return new
+        """Return the joules since the last call."""
+        before, self._taken = self._taken, self._used
+        return self._taken - before
 
     def close(self) -> None:
         self._closed.set()
@@ -57,7 +56,7 @@ class EnergyMeter:
 
 
 def _gpu_joules(uuids: set[str]) -> Callable[[float], float | None]:
-    """-> f(seconds): what these GPUs use in that time at the power of now; None: not known."""
+    """Return f(seconds): what these GPUs use in that time at the power of now; None: not known."""
     query = ["nvidia-smi", "--query-gpu=uuid,power.draw", "--format=csv,noheader,nounits"]
     wanted = {uuid.removeprefix("GPU-") for uuid in uuids}
 
@@ -76,7 +75,7 @@ def _gpu_joules(uuids: set[str]) -> Callable[[float], float | None]:
 
 
 def _package_joules(powercap) -> Callable[[float], float | None]:
-    """-> f(_): what the processor packages used since the last call; None: cannot be read.
+    """Return f(_): what the processor packages used since the last call; None: cannot be read.
 
     Zones intel-rapl:N (AMD's have that name too) named package-N; their parts and "psys", which
     has the packages in it, are left out. Counters are in microjoules and start over at a maximum.

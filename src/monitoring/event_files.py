@@ -81,7 +81,7 @@ def frame(events: Iterable[bytes]) -> bytes:
 
 @dataclass
 class Place:
-    """How far a file has been read, and what of it could not be."""
+    """Says how far a file has been read, and what of it could not be."""
 
     end: int = 0  # bytes up to the last whole record
     bad: int = 0  # whole records with a wrong checksum or no Event inside
@@ -187,7 +187,7 @@ def from_code(markdown: str) -> str:
 
 @dataclass
 class Series:
-    """The points of one scalar, in the order in which they were written."""
+    """Holds the points of one scalar, in the order in which they were written."""
 
     steps: array = field(default_factory=lambda: array("q"))
     values: array = field(default_factory=lambda: array("d"))
@@ -206,7 +206,7 @@ class Series:
 
 
 class RunReader:
-    """Scalars, texts and hyperparameters of a run, whoever wrote them, also while it is written.
+    """Reads scalars, texts and hyperparameters of a run, whoever writes them, also meanwhile.
 
     8 times as fast as TensorBoard's EventAccumulator, because checksums are computed over many
     records at once and no point becomes an object; and `update` reads only what is new. The half

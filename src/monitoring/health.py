@@ -25,9 +25,7 @@ from training import sharding
 # The one table of warnings. TENSORBOARD_GUIDE.md has the same rows in the same words (a test
 # compares them).
 
-CHECK_EVERY = (
-    100  # steps between checks, and steps in the median that stands for a loss or a step time
-)
+CHECK_EVERY = 100  # steps between checks; the median of so many stands for a loss or a step time
 CLIPPED_OVER = 300  # updates
 SLOW_OVER = 3  # checks
 HELLASWAG_OVER = 4  # scores
@@ -39,7 +37,8 @@ LEAST_RATE = 0.01  # of --max_lr: below that a schedule wants layers to stand st
 
 @dataclass(frozen=True)
 class Check:
-    """A warning. It is about high values where `begin` is above `end`, else about low ones."""
+    """Says when a warning begins and ends: it is about high values where `begin` is above `end`,
+    else about low ones."""
 
     name: str
     compared: str  # what the value is
@@ -157,11 +156,11 @@ def check_due(step: int) -> bool:
 
 
 class UpdateNorms:
-    """How long an update is beside its weights. Made just before optimizer.step(), at a check only:
-    it copies all the weights (the activations that were there are gone by then)."""
+    """Measures how long an update is beside its weights. Made just before optimizer.step(), at a
+    check only: it copies all the weights (the activations that were there are gone by then)."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-        """Weight decay is taken off beforehand: a layer that no gradient reaches still decays."""
+        """Take weight decay off beforehand: a layer that no gradient reaches still decays."""
         decay = {
             id(p): 1 - group["lr"] * group["weight_decay"]
             for group in optimizer.param_groups
@@ -174,7 +173,8 @@ class UpdateNorms:
         self.kept = torch._foreach_mul(self.params, factors)
 
     def measure(self) -> torch.Tensor:
-        """Norms of all updates, then of all weights, (2 * parameters,) float32; not waited for."""
+        """Return norms of all updates, then of all weights: (2 * parameters,) float32, not waited
+        for."""
         torch._foreach_sub_(self.kept, self.params)
         norms = [*torch._foreach_norm(self.kept), *torch._foreach_norm(self.params)]
         self.kept = None
@@ -187,7 +187,7 @@ class UpdateNorms:
 
 
 def layer_of(parameter: str) -> str:
-    """transformer.h.3.mlp.c_fc.weight -> h03, transformer.wte.weight -> wte."""
+    """Return h03 for transformer.h.3.mlp.c_fc.weight, wte for transformer.wte.weight."""
     block = re.match(r"transformer\.h\.(\d+)\.", parameter)
     return f"h{int(block[1]):02d}" if block else parameter.split(".")[1]
 
@@ -196,7 +196,7 @@ def layer_of(parameter: str) -> str:
 
 
 def new_memory() -> dict:
-    """What the checks remember; TrainState.health_memory."""
+    """Return what the checks remember: the first TrainState.health_memory."""
     return {
         "active": {},  # key of a check -> step at which it began
         "losses": [],  # of the last CHECK_EVERY steps
@@ -208,7 +208,7 @@ def new_memory() -> dict:
 
 
 def new_time_memory(machine: str = "") -> dict:
-    """The same for the check that depends on the clock; TrainState.health_seconds."""
+    """Return the same for the check that depends on the clock: TrainState.health_seconds."""
     return {
         "active": {},
         "machine": machine,  # the times below are from there
@@ -232,9 +232,11 @@ class Health:
         self.matrices = [p.dim() >= 2 for p in run.model.parameters()]
 
     def active(self, timed: bool) -> int:
-        """How many warnings are on."""
-        state = self.run.state
-        return len((state.health_seconds if timed else state.health_memory)["active"])
+        """Return how many warnings are on."""
+        return len(self._memory(timed)["active"])
+
+    def _memory(self, timed: bool) -> dict:
+        return self.run.state.health_seconds if timed else self.run.state.health_memory
 
     def step(
         self, loss: float, norm: float, bad: bool, lr: float, seconds: float, norms: list[float]
@@ -297,25 +299,26 @@ class Health:
         return self._judge("lagging", work[slowest] / others, detail)
 
     def layer_ratios(self, norms: list[float]) -> dict[str, float]:
-        """Update-to-weight ratio of each layer, all its parameters together."""
+        """Return the update-to-weight ratio of each layer, all its parameters together."""
         squares: dict[str, list[float]] = {}
-        for name, (update, weight) in zip(self.names, self._pairs(norms), strict=True):
+        for name, update, weight in self._by_name(norms):
             sums = squares.setdefault(layer_of(name), [0.0, 0.0])
             sums[0] += update**2
             sums[1] += weight**2
         return {layer: math.sqrt(u / w) for layer, (u, w) in squares.items() if w > 0}
 
-    def _pairs(self, norms: list[float]) -> list[tuple[float, float]]:
+    def _by_name(self, norms: list[float]):
         half = len(norms) // 2
-        return list(zip(norms[:half], norms[half:], strict=True))
+        return zip(self.names, norms[:half], norms[half:], strict=True)
 
     def _matrix_ratios(self, norms: list[float]) -> list[tuple[float, str]]:
-        """Of matrices alone: biases start at 0, and that of the keys has no gradient at all."""
-        rows = zip(self.names, self.matrices, self._pairs(norms), strict=True)
-        return [(u / w if w else 0.0, name) for name, matrix, (u, w) in rows if matrix]
+        """Return (ratio, name) of the matrices: biases start at 0, and that of the keys has no
+        gradient at all."""
+        rows = zip(self.matrices, self._by_name(norms), strict=True)
+        return [(u / w if w else 0.0, name) for matrix, (name, u, w) in rows if matrix]
 
     def _loss_flat(self) -> list[tuple[Check, str]]:
-        """Compares the loss with what it was at two thirds of the steps, from marks on the way:
+        """Compare the loss with what it was at two thirds of the steps, from marks on the way:
         MARKS / 2 to MARKS of them, further apart the longer the run is."""
         state, memory, said = self.run.state, self.run.state.health_memory, []
         if len(memory["losses"]) < CHECK_EVERY:
@@ -333,7 +336,7 @@ class Health:
 
     def _judge(self, key: str, value: float, detail: str = "") -> list[tuple[Check, str]]:
         check, state = CHECKS[key], self.run.state
-        active = (state.health_seconds if check.timed else state.health_memory)["active"]
+        active = self._memory(check.timed)["active"]
         sign = 1 if check.begin > check.end else -1  # NaN begins and ends nothing
         found = f"{check.name}: {check.compared} = {check.shown.format(value)}"
         found += f" ({detail})" if detail else ""

@@ -29,8 +29,8 @@ SHARES = np.union1d(np.arange(1, 32) / 32, [0.0668, 0.1587, 0.3085, 0.6915, 0.84
 
 @torch.no_grad()
 def _count(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Pattern counts (8192, int32) and min, max, centre (3, float32) of a tensor, left on its
-    device without waiting for it. min and max are NaN where there is a NaN."""
+    """Return pattern counts (8192, int32) and min, max, centre (3, float32) of a tensor, left on
+    its device without waiting for it. min and max are NaN where there is a NaN."""
     x = tensor.detach().reshape(-1)
     on_cpu = x.device.type == "cpu"
     # CPU: pieces that stay in the cache, and so small that torch gives them to one thread: on a
@@ -57,7 +57,7 @@ def _count(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge_bins(counts: np.ndarray, stats: np.ndarray) -> tuple[Summary.Value | None, int]:
-    """One tensor's histogram (None without finite values) and its number of non-finite values."""
+    """Return a tensor's histogram (None without finite values), and how many are not finite."""
     nonfinite = int(counts[FINITE:HALF].sum() + counts[HALF + FINITE :].sum())
     fine = np.concatenate([counts[HALF : HALF + FINITE][::-1], counts[:FINITE]]).astype(np.int64)
     used = np.flatnonzero(fine)
@@ -103,10 +103,9 @@ def summaries(tensors: dict[str, Tensor]) -> list[Summary]:
     found = []
     for tag, tensor_counts, tensor_stats in zip(tensors, counts, stats, strict=True):
         value, nonfinite = _merge_bins(tensor_counts, tensor_stats)
-        values = []
-        if value is not None:
+        values = [] if value is None else [value]
+        for value in values:
             value.tag = tag
-            values.append(value)
         if nonfinite:
             values.append(Summary.Value(tag=f"{tag}_nonfinite", simple_value=nonfinite))
         found.append(Summary(value=values))

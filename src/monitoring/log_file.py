@@ -16,8 +16,8 @@ from basics.durable import DISK_FULL
 
 
 class LogFile:
-    """One growing file, written by one process from one thread. Subclasses say how it begins: their
-    `_open` sets `_file`, unbuffered, and `_size`, or raises OSError and leaves nothing behind."""
+    """Appends to one file, from one thread. Subclasses say how it begins: their `_open` sets
+    `_file`, unbuffered, and `_size`, or raises OSError and leaves nothing behind."""
 
     def __init__(self, name: str, announce: Callable[[str], None], retry_every: float):
         """name: what begins each announcement. announce: called with one sentence now and then.

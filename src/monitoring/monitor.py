@@ -51,7 +51,10 @@ class NoLog:
 
 
 class Monitor:
-    """Does nothing on ranks other than 0. `peak_flops`: what one device can do, FLOP/s."""
+    """Prints and logs what a run does; on ranks other than 0 nothing.
+
+    `peak_flops`: what one device can do, FLOP/s.
+    """
 
     # Groups and charts of the custom-scalars tab.
     LAYOUT: ClassVar = {
@@ -84,7 +87,7 @@ class Monitor:
     LINE_EVERY = 10  # steps between lines where there is no progress bar
     BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}"  # fits into 80 columns
 
-    def __init__(self, run, peak_flops: float, addresses: notify.Addresses):
+    def __init__(self, run, peak_flops: float, outside: notify.Outside):
         cfg, state = run.cfg, run.state
         self.cfg, self.state, self.active = cfg, state, run.dist.is_main
         self.peak_flops = peak_flops * run.dist.world_size
@@ -104,7 +107,8 @@ class Monitor:
         self.outside, self.best_hellaswag = NoLog(), state.hellaswag
         if not self.active:
             return
-        self.outside = notify.Outside(addresses, cfg.run_name, self.say)
+        self.outside = outside
+        outside.open(cfg.run_name, self.say)
         self.health = health.Health(run, summary.speed_depends_on(run))
         self.meter = energy.EnergyMeter(run.dist.device)
         self.folder = run_folders.run_folder(Path(cfg.tensorboard_dir), cfg.run_name)
@@ -187,7 +191,7 @@ class Monitor:
         self.json_lines.scalars(values, step)
 
     def warnings_and_cost(self, run) -> dict[str, float]:
-        """What is logged at every check and evaluation: how many warnings are on, cost so far."""
+        """Return how many warnings are on, and the cost so far: for every check and evaluation."""
         state = run.state
         values = {
             "Health/warnings": self.health.active(timed=False),
@@ -203,7 +207,7 @@ class Monitor:
         return self.meter.take() if self.active else 0.0
 
     def print_and_log_warnings(self, warnings: list[tuple[health.Check, str]], step: int) -> None:
-        """Those about speed have a tag of their own: two equal runs differ in them."""
+        """Say warnings; log those about speed under another tag, as two equal runs differ there."""
         for check, text in warnings:
             begins = text.startswith("WARNING")
             self.tell(f"{'warning' if begins else 'over'}: {check.name}", text)
@@ -216,7 +220,7 @@ class Monitor:
         self, run, loss: float, norm: float, bad: bool, lr: float, seconds: float,
         norms: list[float],
     ) -> None:  # fmt: skip
-        """One finished step; norms of its update and of the weights at a check, else empty."""
+        """Report a finished step. norms: of its update and of the weights at a check, else []."""
         cfg, state = self.cfg, run.state
         if not self.active:
             return
@@ -281,15 +285,20 @@ class Monitor:
         return f"{text}; {rate:,.0f} tokens/s, {words.duration(left)} left"
 
     def evaluation(self, run, by_position, texts: list[str], seconds: float) -> None:
-        """What `evaluate` found at this step: validation loss (T,) or None, samples."""
+        """Report what `evaluate` found: validation loss (T,) or None, sample texts."""
         state, cfg, line = run.state, self.cfg, []
         if not self.active:
             return
         values = {}
         if by_position is not None:
+            line.append(f"validation loss {state.validation_loss:.4f}")
+        # Random weights always score ln(vocabulary). As the first point of a chart that is smoothed
+        # over points, it would hold the curve far above the training loss for five evaluations.
+        if by_position is not None and (state.step or cfg.init_from):
             values["Loss/validation"] = state.validation_loss
             values["Loss/validation_best"] = state.best_loss
-            line.append(f"validation loss {state.validation_loss:.4f}")
+            if state.validation_loss == state.best_loss:
+                self.outside.best("validation loss", state.step, state.best_loss)
             for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
                 name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
                 values[f"Loss_by_Position/{name}"] = float(by_position[part].mean())
@@ -297,8 +306,6 @@ class Monitor:
         if scored:
             values["Evaluation/hellaswag_accuracy"] = state.hellaswag
             line.append(f"HellaSwag {state.hellaswag:.4f} of {len(run.hellaswag_items)} items")
-        if by_position is not None and state.validation_loss == state.best_loss:
-            self.outside.best("validation loss", state.step, state.best_loss)
         if scored and state.hellaswag > self.best_hellaswag:
             self.best_hellaswag = state.hellaswag
             self.outside.best("HellaSwag", state.step, state.hellaswag)
@@ -315,7 +322,7 @@ class Monitor:
             self.tensorboard.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
 
     def histograms(self, model, step: int) -> None:
-        """Distributions of every weight, and of its gradient as it was applied."""
+        """Log the distributions of every weight, and of its gradient as it was applied."""
         tensors = {}
         for name, p in model.named_parameters():
             tensors[f"Parameters/{name}"] = p.detach()
@@ -332,7 +339,7 @@ class Monitor:
         return tensor.cpu() if self.active else None
 
     def rewind(self, first_step: int) -> None:
-        """After a roll-back: the timeline goes on at first_step, what was beyond it disappears."""
+        """Go on at first_step after a roll-back: what was logged beyond it disappears."""
         self.tensorboard.rewind(first_step)
         self.json_lines.rewind(first_step)
         self.bar.n = first_step - 1

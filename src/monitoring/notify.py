@@ -9,40 +9,35 @@ facts in its environment: NOTIFY_EVENT, NOTIFY_TITLE, NOTIFY_RUN, NOTIFY_STEP. `
 the environment. An address often is a password, so nothing but its beginning is ever printed or
 written anywhere.
 
-Training never waits: a thread takes messages from a short queue. A service that hangs, refuses or
+Training never waits: threads take messages from short queues. A service that hangs, refuses or
 answers with an error costs a line in the log now and then.
 """
 
 import contextlib
-import io
 import math
 import os
 import queue
 import re
 import shlex
 import socket
-import statistics
 import subprocess
-import tempfile
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 
 # --- Targets and their secrets --------------------------------------------------------------------
 
-COMMAND = re.compile(r"cmd:\s+(.+)", re.S)
-
-UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
+COMMAND, VARIABLE = re.compile(r"cmd:\s+(.+)", re.S), re.compile(r"\$\{?(\w+)\}?")
 
 
 def revealed(flag: str, target: str) -> str:
     """Return the target, or the value of the variable if it is `$NAME`; ValueError if unset."""
-    name = re.fullmatch(r"\$\{?(\w+)\}?", target)
+    name = VARIABLE.fullmatch(target)
     if not name:
         return target
     if not os.environ.get(name[1]):
@@ -52,10 +47,11 @@ def revealed(flag: str, target: str) -> str:
 
 def redacted(target: str) -> str:
     """Return as much of a target as anyone may read: `$NAME`, or how it begins."""
-    if target.startswith("$"):
+    if VARIABLE.fullmatch(target):
         return target
     if command := COMMAND.fullmatch(target):
-        return f"cmd: {os.path.basename(command[1].split()[0])} ..."
+        program = re.match(r"([\w./-]+)\s", command[1] + " ")  # and not TOKEN=secret before it
+        return f"cmd: {os.path.basename(program[1])} ..." if program else "cmd: ..."
     scheme, colon, _ = target.partition("://")
     return f"{scheme}://..." if colon else "..."
 
@@ -77,90 +73,63 @@ def seconds_of(flag: str, text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhd])", text)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"{flag} {text}: give minutes, hours or days, as 30m, 24h or 7d")
-    return float(match[1]) * UNITS[match[2]]
+    return float(match[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
+
+
+def checked_url(flag: str, url: str) -> str:
+    """Return the URL that a flag means. ValueError unless it is one of http or https."""
+    address = revealed(flag, url)
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{flag} {redacted(url)}: give a URL that begins with http:// or https://")
+    return address
+
+
+def split_targets(text: str) -> list[str]:
+    """Return the targets of --notify, which are words of a shell, or one command as it is."""
+    return [text] if COMMAND.fullmatch(text) else shlex.split(text)
 
 
 # --- Messages -------------------------------------------------------------------------------------
 
+Draw = Callable[[str], None]  # writes a PNG to a path
+
 
 @dataclass(frozen=True)
 class Message:
-    event: str  # started, resumed, finished, stopped, warning, over, memory, digest, test ...
-    title: str
+    run: str
+    event: str  # started, resumed, finished, stopped, warning, over, digest, test ...
     text: str
     step: int = 0
-    picture: bytes | None = None  # PNG
-    repeats: int = 0  # messages of this kind that were counted instead of sent
+    draw: Draw | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.run}: {self.event}"
 
 
-def command_sender(target: str, run_name: str) -> Callable[[Message], None]:
-    """Return a function that gives a message to a shell command; it raises if the command fails."""
-    line = COMMAND.fullmatch(target)[1]
+Send = Callable[[Message], None]  # raises if it was not taken
+COMMAND_TIMEOUT = 30.0  # seconds; Apprise has its own, of a few seconds
+
+
+def command_sender(line: str) -> Send:
+    """Return a function that gives a message to a shell command."""
 
     def send(message: Message) -> None:
-        facts = {"EVENT": message.event, "TITLE": message.title, "RUN": run_name}
-        facts |= {"STEP": str(message.step)}
-        done = subprocess.run(
+        facts = {"NOTIFY_EVENT": message.event, "NOTIFY_TITLE": message.title}
+        facts |= {"NOTIFY_RUN": message.run, "NOTIFY_STEP": str(message.step)}
+        subprocess.run(
             ["/bin/sh", "-c", line],
-            input=message.text,
-            text=True,
-            env=os.environ | {f"NOTIFY_{name}": value for name, value in facts.items()},
+            input=f"{message.text}\n".encode(),
+            env=os.environ | facts,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=Notifier.TIMEOUT,
+            timeout=COMMAND_TIMEOUT,
             start_new_session=True,  # Ctrl-C on the terminal is not meant for it
-        )
-        if done.returncode:
-            raise OSError(f"exit code {done.returncode}")
-
-    return send
-
-
-def apprise_sender(flag: str, target: str, address: str) -> Callable[[Message], None]:
-    """Return a function that sends through Apprise and raises if the service does not take it."""
-    try:
-        import apprise
-    except ImportError:
-        raise ValueError(
-            f"{flag} {redacted(target)}: needs Apprise: pip install apprise (or give a command, "
-            "'cmd: ...')"
-        ) from None
-    service = apprise.Apprise.instantiate(address, suppress_exceptions=True)
-    if service is None:
-        raise ValueError(
-            f"{flag} {redacted(target)}: Apprise knows no service of this address; see "
-            "https://github.com/caronc/apprise/wiki"
+            check=True,
         )
 
-    service.request_rate_per_sec = 0  # the Notifier's own rate is lower
-
-    def send(message: Message) -> None:
-        kind = KINDS.get(message.event.split(":")[0], "info")
-        with tempfile.TemporaryDirectory() as folder:
-            picture = None
-            if message.picture and service.attachment_support:
-                picture = os.path.join(folder, "loss.png")
-                with open(picture, "wb") as file:
-                    file.write(message.picture)
-            if not service.notify(
-                title=message.title, body=message.text, notify_type=kind, attach=picture
-            ):
-                raise OSError("the service did not take it")
-
     return send
-
-
-def senders(targets: list[str], run_name: str) -> list[tuple[str, Callable[[Message], None]]]:
-    """Return [(what may be printed of it, function that sends)] of --notify. ValueError for one
-    that cannot work."""
-    found = []
-    for target in targets:
-        address = revealed("--notify", target)
-        if COMMAND.fullmatch(address):
-            found.append((redacted(target), command_sender(address, run_name)))
-        else:
-            found.append((redacted(target), apprise_sender("--notify", target, address)))
-    return found
 
 
 # What services show in another colour.
@@ -168,87 +137,83 @@ KINDS = {"warning": "warning", "finished": "success", "over": "success"}
 KINDS |= dict.fromkeys(("gave up", "crashed", "not saved"), "failure")
 
 
-class Notifier:
-    """Sends messages in a thread of its own, at most BURST at once and one a minute after that.
+def apprise_sender(about: str, address: str) -> Send:
+    """Return a function that sends through Apprise. ValueError, which begins with `about`, if that
+    is missing or does not know the address."""
+    try:
+        import apprise
+    except ImportError:
+        raise ValueError(
+            f"{about}: needs Apprise: pip install apprise (or give a command, 'cmd: ...')"
+        ) from None
+    service = apprise.Apprise.instantiate(address, suppress_exceptions=True)
+    if service is None:
+        raise ValueError(
+            f"{about}: Apprise knows no service of this address; see "
+            "https://github.com/caronc/apprise/wiki"
+        )
+    service.request_rate_per_sec = 0  # ours is lower
 
-    A message whose event was sent less than AGAIN seconds ago is counted, not sent; the next of its
-    kind says how many there were. `announce` is called with a sentence if a service fails.
-    """
+    def send(message: Message) -> None:
+        words = {"title": message.title, "body": message.text}
+        words["notify_type"] = KINDS.get(message.event.split(":")[0], "info")
+        with contextlib.ExitStack() as stack:
+            # Without its picture, if /tmp is full or nothing can draw, a message still is one.
+            with contextlib.suppress(Exception):
+                if message.draw and service.attachment_support:
+                    file = stack.enter_context(NamedTemporaryFile(prefix="loss-", suffix=".png"))
+                    message.draw(file.name)
+                    words["attach"] = file.name
+            if not service.notify(**words):
+                raise ConnectionError
 
-    BURST, REFILL = 10, 60.0  # messages at once; seconds until one more may go
-    AGAIN = 600.0  # seconds between two messages of one kind, but for those in ALWAYS
-    ALWAYS = ("started", "resumed", "finished", "stopped", "gave up", "crashed", "test")
-    TIMEOUT = 30.0  # seconds for a service
-    FAREWELL = 10.0  # seconds that the end of the program waits for the last message
+    return send
 
-    def __init__(
-        self,
-        targets: list[tuple[str, Callable[[Message], None]]],
-        run_name: str,
-        announce: Callable[[str], None] = print,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self.targets, self.run_name, self.announce, self._clock = (
-            targets, run_name, announce, clock,
-        )  # fmt: skip
-        self.failures: Counter = Counter()  # by target
-        self._queue: queue.Queue[Message | None] = queue.Queue(maxsize=100)
-        self._tokens, self._filled = float(self.BURST), clock()
-        self._sent: dict[str, float] = {}  # when a kind was last sent
-        self._held: Counter = Counter()  # counted since
-        self._thread = threading.Thread(target=self._work, name="notifier", daemon=True)
-        if targets:
-            self._thread.start()
 
-    def tell(
-        self, event: str, text: str, step: int = 0, picture: Callable[[], bytes] | None = None
-    ) -> bool:
-        """Queue a message; return whether it will be sent. Never waits, never raises."""
-        if not self.targets:
-            return False
-        now = self._clock()
-        self._tokens = min(self.BURST, self._tokens + (now - self._filled) / self.REFILL)
-        self._filled = now
-        lately = now - self._sent.get(event, -self.AGAIN) < self.AGAIN and event not in self.ALWAYS
-        if lately or self._tokens < 1:
-            self._held[event] += 1
-            return False
-        self._tokens -= 1
-        self._sent[event] = now
-        repeats = self._held.pop(event, 0)
-        if repeats:
-            text += f"\n(and {repeats} more like this since the last message)"
-        message = Message(event, f"{self.run_name}: {event}", text, step, picture, repeats)
+def senders(targets: list[str]) -> list[tuple[str, Send]]:
+    """Return [(what may be printed of it, function that sends)] of --notify. ValueError for one
+    that cannot work."""
+    found = []
+    for target in targets:
+        address, name = revealed("--notify", target), redacted(target)
+        if command := COMMAND.fullmatch(address):
+            found.append((name, command_sender(command[1])))
+        else:
+            found.append((name, apprise_sender(f"--notify {name}", address)))
+    return found
+
+
+class Sender:
+    """Sends what it is given, one after the other, in a thread of its own. At most `size` wait,
+    what comes then is dropped; a failure costs a sentence to `announce` now and then."""
+
+    def __init__(self, name: str, send: Callable, size: int, announce: Callable[[str], None]):
+        self._queue = queue.Queue(size)
+        work = (name, send, announce)
+        self._thread = threading.Thread(target=self._work, args=work, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, item, seconds: float = 0.0) -> None:
+        """Queue an item, None to end; wait that many seconds for a place."""
         with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(message)
-            return True
-        return False
+            self._queue.put(item, timeout=seconds)
 
-    def close(self) -> None:
-        """Give the last messages a few seconds to leave."""
-        if self.targets:
-            with contextlib.suppress(queue.Full):
-                self._queue.put_nowait(None)
-            self._thread.join(self.FAREWELL)
+    def close(self, seconds: float) -> None:
+        """Give what waits a few seconds to leave."""
+        self.put(None, seconds)
+        self._thread.join(seconds)
 
-    def _work(self) -> None:
-        while (message := self._queue.get()) is not None:
-            if callable(message.picture):
-                drawn = None
-                with contextlib.suppress(Exception):  # a message without a picture is one, too
-                    drawn = message.picture()
-                message = Message(message.event, message.title, message.text, message.step, drawn)
-            for name, send in self.targets:
-                try:
-                    send(message)
-                except Exception as error:  # whatever a service, or its library, can think of
-                    self.failures[name] += 1
-                    if self.failures[name] in (1, 10, 100):
-                        # Not the error's text: it may have the address in it.
-                        self.announce(
-                            f"--notify {name}: {self.failures[name]} message(s) not sent, the last "
-                            f"was '{message.event}' ({type(error).__name__}); training goes on"
-                        )
+    def _work(self, name: str, send: Callable, announce: Callable[[str], None]) -> None:
+        failures = 0
+        while (item := self._queue.get()) is not None:
+            try:
+                send(item)
+            except Exception as error:  # whatever a service, or its library, can think of
+                failures += 1
+                if failures in (1, 10, 100, 1000):
+                    # Not the error's text: it may have the address in it.
+                    why = type(error).__name__
+                    announce(f"{name} failed {failures} time(s) ({why}); training goes on")
 
 
 # --- Heartbeats -----------------------------------------------------------------------------------
@@ -260,20 +225,19 @@ class Heartbeat:
     healthchecks.io and what speaks its way (`/ping/` in the path, hc-ping.com): URL/start when
     training begins, URL after steps, URL/fail when it ends badly. Uptime Kuma (`/api/push/`): its
     status up and down. Any other URL is fetched after steps and at a good end, and not at a bad
-    one. Under systemd (NOTIFY_SOCKET) its watchdog is fed, too. One ping at a time: while a server
-    hangs, none is added.
+    one. Under systemd (NOTIFY_SOCKET) its watchdog is fed, too. While a server hangs, no more than
+    one ping waits for it.
     """
 
     EVERY = 60.0  # seconds
     WATCHDOG = 5.0  # seconds between two words to systemd
     TIMEOUT = 10.0
 
-    def __init__(self, url: str | None, announce=print, clock=time.monotonic):
-        self.url, self.announce, self._clock = url, announce, clock
-        self.failures = 0
-        self._last = self._fed = -self.EVERY
+    def __init__(self, url: str | None, announce: Callable[[str], None], clock=time.monotonic):
+        self.url, self._clock = url, clock
+        self._last = self._fed = -math.inf
         self._watchdog = os.environ.get("NOTIFY_SOCKET")
-        self._busy: threading.Thread | None = None
+        self._sender = Sender("--heartbeat", self._fetch, 1, announce) if url else None
 
     def start(self) -> None:
         self._tell_systemd(b"READY=1")
@@ -292,11 +256,9 @@ class Heartbeat:
     def end(self, well: bool) -> None:
         """The run finished or was stopped on purpose (well), or it failed."""
         self._tell_systemd(b"STOPPING=1")
-        if self._busy is not None:
-            self._busy.join(self.TIMEOUT)
-        self._ping("finish" if well else "fail")
-        if self._busy is not None:
-            self._busy.join(self.TIMEOUT)
+        if self._sender:
+            self._ping("finish" if well else "fail", self.TIMEOUT)
+            self._sender.close(self.TIMEOUT)
 
     def address(self, event: str) -> str | None:
         """Return the URL that says start, step, finish or fail to this kind of service."""
@@ -304,33 +266,21 @@ class Heartbeat:
         if "/api/push/" in parts.path:
             query = dict(urllib.parse.parse_qsl(parts.query)) | {"msg": event}
             query["status"] = "down" if event == "fail" else "up"
-            return urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(query)))
-        if parts.hostname == "hc-ping.com" or "/ping/" in parts.path:
-            ending = {"start": "/start", "fail": "/fail"}.get(event, "")
-            return urllib.parse.urlunsplit(parts._replace(path=parts.path.rstrip("/") + ending))
-        return None if event in ("start", "fail") else self.url
+            parts = parts._replace(query=urllib.parse.urlencode(query))
+        elif parts.hostname == "hc-ping.com" or "/ping/" in parts.path:
+            ending = f"/{event}" if event in ("start", "fail") else ""
+            parts = parts._replace(path=parts.path.rstrip("/") + ending)
+        elif event in ("start", "fail"):
+            return None
+        return parts.geturl()
 
-    def _ping(self, event: str) -> None:
-        if self.url is None or (self._busy is not None and self._busy.is_alive()):
-            return
-        address = self.address(event)
-        if address is not None:
-            self._busy = threading.Thread(
-                target=self._fetch, args=(address,), name="heartbeat", daemon=True
-            )
-            self._busy.start()
+    def _ping(self, event: str, seconds: float = 0.0) -> None:
+        if self._sender and (address := self.address(event)):
+            self._sender.put(address, seconds)
 
     def _fetch(self, address: str) -> None:
-        try:
-            with urllib.request.urlopen(address, timeout=self.TIMEOUT) as answer:
-                answer.read(1000)
-        except Exception as error:  # no network for an hour is no reason to stop
-            self.failures += 1
-            if self.failures in (1, 10, 100, 1000):
-                self.announce(
-                    f"--heartbeat: {self.failures} ping(s) failed ({type(error).__name__}); "
-                    "training goes on"
-                )
+        with urllib.request.urlopen(address, timeout=self.TIMEOUT) as answer:
+            answer.read(1000)
 
     def _tell_systemd(self, what: bytes) -> None:
         if self._watchdog:
@@ -342,160 +292,121 @@ class Heartbeat:
                 s.sendto(what, name)
 
 
-def check_url(flag: str, url: str) -> str:
-    """Return the URL that a flag means. ValueError unless it is one of http or https."""
-    address = revealed(flag, url)
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{flag} {redacted(url)}: give a URL that begins with http:// or https://")
-    return address
-
-
 # --- What is worth a message ----------------------------------------------------------------------
 
 
 class Slowdown:
-    """Notices that steps take half as long again as they used to, for ten minutes."""
+    """Notices tokens/s down by a third for ten minutes, and when that is over.
+
+    The mean of ten minutes counts, not the typical step: a machine that does nothing now and then
+    is slow as well.
+    """
 
     WINDOW = 600.0  # seconds of training
-    FACTOR = 1.5  # tokens/s down by a third
+    DOWN = 2 / 3  # of the best ten minutes
 
     def __init__(self):
-        self._window: deque[float] = deque()  # seconds of the steps of the last ten minutes
-        self._total = 0.0
-        self._best: float | None = None  # the lowest median of a window so far
-        self._on = False
+        self._seconds, self._steps, self._best, self._on = 0.0, 0, 0.0, False
 
     def step(self, seconds: float) -> str | None:
         """Take a step into account; return a sentence when a slowdown begins or ends."""
-        self._window.append(seconds)
-        self._total += seconds
-        if self._total < self.WINDOW:
+        self._seconds += seconds
+        self._steps += 1
+        if self._seconds < self.WINDOW:
             return None
-        typical = statistics.median(self._window)
-        self._best = typical if self._best is None else min(self._best, typical)
-        self._window.clear()
-        self._total = 0.0
-        slow = typical >= self.FACTOR * self._best
+        rate = self._steps / self._seconds
+        self._seconds, self._steps = 0.0, 0
+        self._best = max(self._best, rate)
+        slow = rate <= self.DOWN * self._best
         if slow == self._on:
             return None
         self._on = slow
-        what = "a step takes" if slow else "over, a step takes"
-        return f"{what} {typical / self._best:.1f} times its usual time, over ten minutes"
+        what = "tokens/s are" if slow else "over, tokens/s are"
+        return f"{what} {rate / self._best:.0%} of the best so far, over the last ten minutes"
 
 
-@dataclass
-class Digest:
-    """A message now and then with the numbers, and what became best since the last."""
-
-    every: float  # seconds
-    clock: Callable[[], float] = time.monotonic
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    best: dict[str, tuple[int, float]] = field(default_factory=dict)
-    POINTS = 400  # of the chart
-
-    def __post_init__(self):
-        self._last, self._spacing, self._seen = self.clock(), 1, 0
-
-    def step(self, step: int, loss: float) -> None:
-        """Remember a loss for the chart: every one at first, later every second, fourth ..."""
-        self._seen += 1
-        if self._seen % self._spacing == 0:
-            self.losses.append((step, loss))
-        if len(self.losses) > self.POINTS:
-            self.losses, self._spacing = self.losses[::2], 2 * self._spacing
-
-    def is_due(self) -> bool:
-        return self.clock() - self._last >= self.every
-
-    def take(self, numbers: str) -> tuple[str, Callable[[], bytes]]:
-        """Return the text, and a function that draws the chart; begin the next period."""
-        self._last = self.clock()
-        lines = [numbers]
-        for name, (step, value) in self.best.items():
-            lines.append(f"new best {name}: {value:.4f} at step {step:,}")
-        self.best = {}
-        losses = list(self.losses)
-        return "\n".join(lines), lambda: chart(losses)
+DRAWING = threading.Lock()  # matplotlib is for one thread at a time
 
 
-def chart(losses: list[tuple[int, float]]) -> bytes:
-    """Return a small PNG of the training loss."""
+def draw_losses(losses: list[tuple[int, float]], path: str) -> None:
+    """Write a small PNG of the training loss."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*losses, strict=True), lw=0.8)
-    values = sorted(loss for _, loss in losses)
-    axes.set_ylim(top=values[int(0.98 * (len(values) - 1))] + 0.1)  # without the first fall
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    with DRAWING:
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*losses, strict=True), lw=0.8)
+        values = sorted(loss for _, loss in losses)
+        axes.set_ylim(top=values[int(0.98 * (len(values) - 1))] + 0.1)  # without the first fall
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+        figure.savefig(path, format="png", dpi=120)
 
 
-# --- For the monitor ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Where messages and heartbeats go, checked. The only place that holds them in clear."""
-
-    targets: list[tuple[str, Callable[[Message], None]]]
-    heartbeat: str | None
-    every: float  # seconds between digests
-
-
-NOBODY = Addresses([], None, math.inf)
-
-
-def take_addresses(typed: dict, in_file: dict) -> Addresses:
-    """Return where --notify and --heartbeat go, and leave of them in both {flag: value} what anyone
-    may read. ValueError for an address that cannot work."""
-    values = in_file | typed
-    targets = split_targets(values.get("notify") or "")
-    heartbeat = values.get("heartbeat")
-    found = Addresses(
-        senders(targets, values.get("run_name") or "training"),
-        heartbeat and check_url("--heartbeat", heartbeat),
-        seconds_of("--notify_every", values.get("notify_every", "24h")),
-    )
-    for where in (typed, in_file):
-        if where.get("notify"):
-            where["notify"] = shlex.join(map(redacted, split_targets(where["notify"])))
-        if where.get("heartbeat"):
-            where["heartbeat"] = redacted(where["heartbeat"])
-    return found
-
-
-def split_targets(text: str) -> list[str]:
-    """Return the targets of --notify, which are words of a shell, or one command as it is."""
-    return [text] if COMMAND.fullmatch(text) else shlex.split(text)
-
-
-def try_out(addresses: Addresses) -> list[tuple[str, str | None]]:
-    """Send a test message to every target -> [(what may be printed of it, what went wrong)]."""
-    found, text = [], "A test: this is how the run will speak to you."
-    for name, send in addresses.targets:
-        try:
-            send(Message("test", "training: test", text))
-            found.append((name, None))
-        except Exception as error:  # whatever a service, or its library, can think of
-            found.append((name, type(error).__name__))
-    return found
+# --- All of it ------------------------------------------------------------------------------------
 
 
 class Outside:
-    """Everything that leaves this machine: messages, heartbeats, the digest now and then."""
+    """Everything that leaves this machine: messages, heartbeats, the digest now and then. The only
+    place that holds addresses in clear.
 
-    def __init__(self, addresses: Addresses, run_name: str, announce: Callable[[str], None]):
-        self.notifier = Notifier(addresses.targets, run_name, announce)
-        self.heartbeat = Heartbeat(addresses.heartbeat, announce)
-        self.digest, self.slowdown = Digest(addresses.every), Slowdown()
+    Each target has a thread of its own: one that hangs delays no other. At most BURST messages go
+    at once and one a minute after that, and none whose event was sent less than AGAIN seconds ago:
+    those are counted, and the next message says how many. Only how a run begins and ends, which
+    happens once, is always sent.
+    """
 
-    def tell(self, event: str, text: str, step: int = 0) -> None:
-        self.notifier.tell(event, text, step)
+    BURST, REFILL = 10, 60.0  # messages at once; seconds until one more may go
+    AGAIN = 600.0  # seconds between two messages of one kind
+    ALWAYS = ("started", "resumed", "finished", "stopped", "gave up", "crashed")
+    FAREWELL = 10.0  # seconds that the end of the program waits for the last message
+    POINTS = 400  # of the digest's chart
+
+    def __init__(self, typed: dict, in_file: dict):
+        """Check where --notify and --heartbeat go, and leave of them in both {flag: value} what
+        anyone may read. ValueError for an address that cannot work."""
+        values = in_file | typed
+        self.targets = senders(split_targets(values.get("notify") or ""))
+        url = values.get("heartbeat")
+        self._url = url and checked_url("--heartbeat", url)
+        self._every = seconds_of("--notify_every", values.get("notify_every", "24h"))
+        for where in (typed, in_file):
+            if where.get("notify"):
+                where["notify"] = shlex.join(map(redacted, split_targets(where["notify"])))
+            if where.get("heartbeat"):
+                where["heartbeat"] = redacted(where["heartbeat"])
+
+    def open(self, run: str, announce: Callable[[str], None], clock=time.monotonic) -> None:
+        """Start the threads of a run; nothing is sent yet."""
+        self.run, self._clock = run, clock
+        self._senders = [
+            Sender(f"--notify {name}", send, 100, announce) for name, send in self.targets
+        ]
+        self.heartbeat, self.slowdown = Heartbeat(self._url, announce), Slowdown()
+        self._allowed, self._filled = float(self.BURST), clock()
+        self._sent: dict[str, float] = {}  # when a kind was last sent
+        self._held: Counter = Counter()  # counted since the last message
+        self._digest, self._spacing = clock(), 1
+        self._losses: list[tuple[int, float]] = []
+        self._best: dict[str, str] = {}  # what became best since the last digest
+
+    def tell(self, event: str, text: str, step: int, draw: Draw | None = None) -> None:
+        """Send a message, or count it. Never waits, never raises."""
+        now = self._clock()
+        self._allowed = min(self.BURST, self._allowed + (now - self._filled) / self.REFILL)
+        self._filled = now
+        lately = now - self._sent.get(event, -math.inf) < self.AGAIN
+        if event not in self.ALWAYS and (lately or self._allowed < 1):
+            self._held[event] += 1
+            return
+        self._allowed -= 1
+        self._sent[event] = now
+        if self._held:
+            counts = ", ".join(f"{count} x {kind}" for kind, count in self._held.items())
+            text += f"\n(not sent since the last message: {counts})"
+            self._held.clear()
+        for sender in self._senders:
+            sender.put(Message(self.run, event, text, step, draw))
 
     def start(self, event: str, text: str, step: int) -> None:
         """Tell that training begins."""
@@ -505,21 +416,29 @@ class Outside:
     def step(self, step: int, loss: float, seconds: float, numbers: Callable[[], str]) -> None:
         """Take a finished step into account; `numbers()` is the text of a digest."""
         self.heartbeat.step()
-        if not self.notifier.targets:
-            return
-        self.digest.step(step, loss)
         if news := self.slowdown.step(seconds):
             self.tell("slow", news, step)
-        if self.digest.is_due():
-            text, draw = self.digest.take(numbers())
-            self.notifier.tell("digest", text, step, draw)
+        if step % self._spacing == 0 and math.isfinite(loss):
+            self._losses.append((step, loss))
+        if len(self._losses) > self.POINTS:  # from now on every second, fourth ... loss
+            self._losses, self._spacing = self._losses[::2], 2 * self._spacing
+        if self._clock() - self._digest >= self._every:
+            self._digest, losses = self._clock(), list(self._losses)
+            text = "\n".join([numbers(), *self._best.values()])
+            self._best.clear()
+            self.tell("digest", text, step, lambda path: draw_losses(losses, path))
 
     def best(self, name: str, step: int, value: float) -> None:
         """Keep a new best value for the next digest."""
-        self.digest.best[name] = (step, value)
+        self._best[name] = f"new best {name}: {value:.4f} at step {step:,}"
 
     def end(self, event: str, text: str, step: int, well: bool) -> None:
         """Tell how it ended; wait a few seconds for that, and no longer."""
         self.tell(event, text, step)
+        until = time.monotonic() + self.FAREWELL
         self.heartbeat.end(well)
-        self.notifier.close()
+        for sender in self._senders:
+            sender.close(max(0.0, until - time.monotonic()))
+
+
+NOBODY = Outside({}, {})

@@ -41,11 +41,6 @@ TAGS = {
     "rollbacks": ("Training/rollbacks",),
     "goodput": ("Performance/goodput",),
 }  # fmt: skip
-# Tags without a chart of their own that the remaining charts need not repeat.
-FAMILIAR = {
-    "Loss/validation_best", "Gradient/norm", "Training/epoch", "Performance/eta_hours",
-    "Health/warnings", "Performance/warnings", "Performance/device_hours",
-}  # fmt: skip
 SAMPLES_TAG = "Generated_Samples/text"
 SAMPLE_RULE = "\n\n---\n\n"  # between the samples of one evaluation
 WARNING_TAGS = ("Health/warnings", "Performance/warnings")
@@ -53,7 +48,7 @@ WARNING_TAGS = ("Health/warnings", "Performance/warnings")
 
 @dataclass(eq=False)
 class Curve:
-    """The points of one tag in the order of their steps; a step written twice counts once."""
+    """Holds the points of one tag in the order of their steps; of a step written twice the last."""
 
     steps: np.ndarray  # int64
     values: np.ndarray  # float64, may hold NaN and infinity
@@ -69,7 +64,7 @@ class Curve:
 
 @dataclass(eq=False)
 class Run:
-    """What a run's folder says now."""
+    """Answers from what a run's folder says now."""
 
     name: str
     folder: Path
@@ -86,6 +81,7 @@ class Run:
             _, last = np.unique(steps[::-1], return_index=True)
             keep = len(steps) - 1 - last  # of each step the point written last
             values, times = np.frombuffer(series.values), np.frombuffer(series.times)
+            values = values / 100 if tag == "mfu(%)" else values  # torchtitan's
             if len(steps):
                 self.curves[tag] = Curve(steps[keep], values[keep], times[keep])
         self.params = self.record.get("config") or {
@@ -115,8 +111,8 @@ class Run:
 
     @cached_property
     def clock(self) -> tuple[np.ndarray, np.ndarray, str]:
-        """(steps, seconds of training up to each of them, how that was found). Pauses between
-        restarts are not in it, nor is work that a crash undid."""
+        """Return (steps, seconds of training up to each of them, how that was found), without
+        pauses between restarts and work that a crash undid."""
         steps_ms = self.curve("step_ms")
         if steps_ms:
             past = np.diff(steps_ms.steps, prepend=steps_ms.steps[0] - 1)  # > 1: some not logged
@@ -139,6 +135,12 @@ class Run:
         batch = self.params.get("total_batch_size")
         return steps * float(batch) if isinstance(batch, int | float) else None
 
+    @property
+    def tokens(self) -> float | None:
+        """Return the tokens trained on so far, if anything says so."""
+        tokens = self.tokens_at(np.array([self.last_step]))
+        return None if tokens is None else float(tokens[0])
+
     def seconds_at(self, steps):
         known, seconds, _ = self.clock
         if known[0] == 1:
@@ -158,12 +160,6 @@ class Run:
         folders = data if isinstance(data, list) else data.split()
         return bool(folders) and all(re.search(r"fineweb[-_]?edu", f.lower()) for f in folders)
 
-    @cached_property
-    def other_tags(self) -> set[str]:
-        """What no chart knows."""
-        tags = {tag for tag, curve in self.curves.items() if len(curve.finite()) > 1}
-        return tags.difference(FAMILIAR, *TAGS.values())
-
     def increases(self, what: str):
         """Return the steps at which a counter went up."""
         curve = self.curve(what)
@@ -178,7 +174,7 @@ class Run:
 
     @property
     def best(self) -> tuple[float, int] | None:
-        """(lowest validation loss, its step)"""
+        """Return (lowest validation loss, its step)."""
         curve = self.curve("validation")
         if curve is None:
             return None
@@ -187,7 +183,7 @@ class Run:
 
     @property
     def goal(self) -> int | None:
-        """The step it is to end with."""
+        """Return the step it is to end with."""
         steps = self.params.get("max_steps")
         return int(steps) if isinstance(steps, int | float) and math.isfinite(steps) else None
 
@@ -220,7 +216,7 @@ class Run:
         return list(on.values())
 
     def checkpoint(self) -> tuple[int, float] | None:
-        """(step, unix time) of the checkpoint written last, where config.json says they are."""
+        """Return (step, unix time) of the newest checkpoint where config.json says they are."""
         there = self.params.get("checkpoint_dir")
         if not isinstance(there, str):
             return None
@@ -232,10 +228,6 @@ class Run:
                     newest = max(found, key=lambda checkpoint: checkpoint.mtime)
                     return newest.step, newest.mtime
         return None
-
-
-def has_events(folder: Path) -> bool:
-    return next(event_folders(folder), None) is not None
 
 
 def event_folders(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -260,7 +252,7 @@ def find_runs(words: list[str], tensorboard_dir: str) -> dict[str, Path]:
     for word in words or [tensorboard_dir]:
         places = (Path(word).expanduser(), Path(tensorboard_dir).expanduser() / word)
         candidates = [path for path in places if path.is_dir()]
-        top = next(filter(has_events, candidates), None)
+        top = next((path for path in candidates if any(event_folders(path))), None)
         if top is None and candidates:
             raise ValueError(f"{word}: no TensorBoard event files there, nor in any folder in it")
         if top is None:

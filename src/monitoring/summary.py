@@ -36,7 +36,7 @@ PINNED_TORCH = "2.13.0"  # as in requirements.txt
 
 
 def plan(run) -> str:
-    """The start-up summary: what will happen, in the order in which a person would check it."""
+    """Return the start-up summary: what will happen, in the order in which one would check it."""
     cfg, dist, data = run.cfg, run.dist, run.train_data
     epoch_steps = data.num_tokens // cfg.total_batch_size
     rest = (cfg.max_steps - run.state.step) * cfg.total_batch_size
@@ -47,10 +47,8 @@ def plan(run) -> str:
     on_cpu = dist.device.type == "cpu"
     files = checkpoints_kept(cfg)
     file_bytes = checkpoint_bytes(run)
-    if cfg.compile is None:
-        mode = "compiled" if dist.device.type == "cuda" else "eager"
-    else:
-        mode = "compiled" if cfg.compile else "eager"
+    compiled = dist.device.type == "cuda" if cfg.compile is None else cfg.compile
+    mode = "compiled" if compiled else "eager"
     rows = {
         "run": cfg.run_name,
         "model": f"{cfg.model}: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, "
@@ -97,7 +95,7 @@ def other_torch() -> str:
 def decay(cfg) -> str:
     if cfg.schedule == "wsd":
         return f"stable, in the last {cfg.decay_share * cfg.max_steps:,.0f} steps a straight line"
-    return {"cosine": "cosine", "linear": "a straight line"}[cfg.schedule]
+    return "cosine" if cfg.schedule == "cosine" else "a straight line"
 
 
 def optimizer(cfg) -> str:
@@ -108,7 +106,7 @@ def optimizer(cfg) -> str:
 
 
 def recipes(plans: dict) -> str:
-    """Plans side by side: {name: (config, hours)}, as a table."""
+    """Return a table of plans side by side: {name: (config, hours)}."""
     columns = {
         name: [
             {"adamw": "AdamW", "muon": "Muon"}[cfg.optimizer],
@@ -132,7 +130,7 @@ def recipes(plans: dict) -> str:
 
 
 def every_flag(cfg, given: dict) -> str:
-    """The whole configuration, one flag a line, with those that the command line gave marked."""
+    """Return one line a flag, with those marked that the command line gave."""
     return "\n".join(
         f"  --{name} {value}" + ("   (given)" if name in given else "")
         for name, value in dataclasses.asdict(cfg).items()
@@ -145,7 +143,8 @@ def checkpoint_bytes(run) -> int:
 
 
 def checkpoints_kept(cfg) -> int:
-    """Most files at a time: the newest, the best, the one being written, and --keep_every's."""
+    """Return how many files there are at most: the newest, the best, the one being written, and
+    those of --keep_every."""
     files = cfg.keep_checkpoints + 2
     if cfg.keep_every:
         files += cfg.max_steps // cfg.keep_every
@@ -153,7 +152,7 @@ def checkpoints_kept(cfg) -> int:
 
 
 def log_bytes(run, from_step: int = 0) -> int:
-    """Estimate of what the log folder grows by until the end, from sizes in LAB_NOTES.md."""
+    """Estimate the bytes by which the log folder grows until the end (sizes: LAB_NOTES.md)."""
     cfg = run.cfg
     steps = cfg.max_steps - from_step
     lines = 550 * steps if cfg.log_jsonl else 0
@@ -194,10 +193,7 @@ def disk_warnings(run, folder: Path, log_folder: Path) -> list[str]:
 
 
 def memory_needed(run) -> tuple[int, int, int | None, str]:
-    """Return (bytes to train, bytes of the copy for checkpoints, bytes free, where) as estimated.
-
-    None: nobody knows what is free.
-    """
+    """Estimate (bytes to train, of the copy for checkpoints, free or None if unknown; where)."""
     need = step_memory.of_run(run)
     if run.dist.device.type == "cuda":
         return need, 0, torch.cuda.mem_get_info(run.dist.device)[0], "GPU memory"
@@ -229,7 +225,7 @@ def device_name(device: torch.device) -> str:
 
 
 def speed_depends_on(run) -> str:
-    """Step times of two runs can be compared where this is the same."""
+    """Return what must be the same where step times of two runs are compared."""
     cfg, dist = run.cfg, run.dist
     return (
         f"{platform.node()}: {dist.world_size} x {device_name(dist.device)}, {run.dtype}, "
@@ -238,8 +234,8 @@ def speed_depends_on(run) -> str:
 
 
 def store_config(run, folder: Path) -> str | None:
-    """FOLDER/config.json: everything that was decided, and by which versions of what. On a full
-    disk that is no error but the sentence that is returned."""
+    """Write FOLDER/config.json: everything that was decided, and by which versions of what. On a
+    full disk return a sentence instead."""
     git = None
     if shutil.which("git"):
         here = str(Path(__file__).parents[1])
@@ -274,7 +270,7 @@ def store_config(run, folder: Path) -> str | None:
 
 
 def history(run) -> str:
-    """What a run has behind it, as its state has kept it."""
+    """Say what a run has behind it."""
     state, parts = run.state, []
     epochs = state.position / run.train_data.num_windows
     parts.append(f"{state.tokens:,} tokens ({epochs:.2f} epochs of this data)")
@@ -287,7 +283,7 @@ def history(run) -> str:
 
 
 def farewell(run, finished: bool, command: str) -> str:
-    """How far the run came, where everything is, and the command to type next."""
+    """Say how far the run came, where everything is, and what to type next."""
     cfg, state = run.cfg, run.state
     loss = ""
     if math.isfinite(state.validation_loss):

@@ -31,6 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.custom_scalar import metadata as custom_scalars_metadata
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
@@ -59,24 +60,25 @@ def _start_record(step: int) -> bytes:
 # when its tag is next written, which for a validation loss can be hours later. So the points are
 # removed.
 
+# Written anew by every start, as flags may have changed: the first record of a tag wins for good. A
+# finished run that goes on is running again.
+OF_A_START = {
+    hparams_metadata.EXPERIMENT_TAG,
+    hparams_metadata.SESSION_START_INFO_TAG,
+    hparams_metadata.SESSION_END_INFO_TAG,
+    custom_scalars_metadata.CONFIG_SUMMARY_TAG,
+}
 EMPTY_SECONDS = 600  # how long a TensorBoard may take to notice that a file is empty
 MERGE_NAME = "merging.tmp"  # no "tfevents" in it: TensorBoard does not look inside
 
 
 @dataclass
 class _Merged:
-    """What _clean did and found."""
+    """Says what _clean did and found."""
 
     stale: int = 0  # events dropped
     damage: list[str] = field(default_factory=list)  # one phrase per damaged file
-    hparams: dict[str, bytes] = field(default_factory=dict)  # what was kept, by tag
-    layout: bytes = b""  # the last custom scalars layout that was kept
     last: set[tuple[int, str]] = field(default_factory=set)  # (step, tag) kept of the last step
-
-
-def _canonical(hparams: bytes) -> bytes:
-    """Return the same bytes for the same content: maps have no order in a protocol buffer."""
-    return HParamsPluginData.FromString(hparams).SerializeToString(deterministic=True)
 
 
 def _start_step(path: Path) -> float:
@@ -89,7 +91,7 @@ def _start_step(path: Path) -> float:
     return float("inf")
 
 
-def _keep(record: bytes, limit: float, drop_tags: set[str], merged: _Merged, place: Place) -> bool:
+def _keep(record: bytes, limit: float, merged: _Merged, place: Place) -> bool:
     """Tell if a record stays; note in `merged` and `place` what was seen."""
     try:
         event = Event.FromString(record[12:-4])
@@ -99,24 +101,18 @@ def _keep(record: bytes, limit: float, drop_tags: set[str], merged: _Merged, pla
     if event.HasField("session_log") or event.HasField("file_version"):
         return False  # the new file has its own
     tags = {value.tag for value in event.summary.value}
-    if event.step >= limit or (tags and tags <= drop_tags):
+    if event.step >= limit or (tags and tags <= OF_A_START):
         merged.stale += 1
         return False
     if event.step == limit - 1:
         merged.last |= {(event.step, tag) for tag in tags}
-    for value in event.summary.value:
-        plugin = value.metadata.plugin_data
-        if plugin.plugin_name == hparams_metadata.PLUGIN_NAME:
-            merged.hparams.setdefault(value.tag, _canonical(plugin.content))
-        elif plugin.plugin_name == "custom_scalars":
-            merged.layout = value.tensor.string_val[0]
     return True
 
 
-def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merged:
+def _clean(log_dir: Path, first_step: int) -> _Merged:
     """Remove what is stale from the folder's event files: events at or behind `first_step`, events
     at or behind the start of a later file (an earlier cleaning that could not be done), damaged
-    records, and the summaries in `drop_tags`. Raise OSError; then nothing is lost and the old files
+    records, and what every start says anew. Raise OSError; then nothing is lost and the old files
     stand.
 
     If there is anything to remove, all files become one new file *with a new name* that begins with
@@ -124,7 +120,7 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
     stale points in memory, read the timeline afresh. A crash at any point leaves a readable folder:
     the new file voids the old ones, and the next cleaning drops them.
     """
-    merged, drop_tags, broken = _Merged(), set(drop_tags), []
+    merged, broken = _Merged(), []
     old = event_files(log_dir)
     if not old:
         return merged
@@ -137,7 +133,7 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
                 limit = min([first_step, *starts[i + 1 :]])
                 place = Place()
                 for batch in read_records(path, place):
-                    keep = (r for r in batch if _keep(r, limit, drop_tags, merged, place))
+                    keep = (r for r in batch if _keep(r, limit, merged, place))
                     out.write(b"".join(keep))
                 if place.bad or place.tail:
                     merged.damage.append(
@@ -174,8 +170,8 @@ def _clean(log_dir: Path, first_step: float, drop_tags: Iterable[str]) -> _Merge
 
 
 class TensorBoardLog(LogFile):
-    """The event files of one run folder. After construction no method raises for what the disk
-    does."""
+    """Writes the event files of one run folder. After construction no method raises for what the
+    disk does."""
 
     def __init__(
         self,
@@ -193,6 +189,7 @@ class TensorBoardLog(LogFile):
         self.log_dir, self.first_step = Path(log_dir), first_step
         super().__init__(f"TensorBoard logging to {log_dir}", announce, retry_every)
         self._waiting = [_start_record(first_step)]  # for the next file: not lost, unlike points
+        self._of_the_start: list[Summary] = []
         self._kept = _Merged()
 
         def prepare():
@@ -207,7 +204,9 @@ class TensorBoardLog(LogFile):
     def rewind(self, first_step: int) -> None:
         """Go on at first_step, after a roll-back: points of that step and later disappear."""
         self.close()
+        said = self._of_the_start
         self.__init__(self.log_dir, first_step, self.announce, self.retry_every)
+        self._log_of_the_start(said)
 
     def _set_earlier_attempt_aside(self) -> None:
         earlier = [path for path in event_files(self.log_dir) if path.stat().st_size]
@@ -222,10 +221,7 @@ class TensorBoardLog(LogFile):
 
     def _resume(self) -> None:
         try:
-            # A finished run that goes on is running again; TensorBoard would keep the first end
-            # record.
-            done = [hparams_metadata.SESSION_END_INFO_TAG]
-            self._kept = _clean(self.log_dir, self.first_step, done)
+            self._kept = _clean(self.log_dir, self.first_step)
         except OSError as error:
             self.announce(
                 f"stale points from step {self.first_step} on could not be removed from "
@@ -260,6 +256,11 @@ class TensorBoardLog(LogFile):
         if not self._write(frame(records), step, points) and once:
             self._waiting += records
 
+    def _log_of_the_start(self, summaries: list[Summary]) -> None:
+        """Write what a roll-back has to write again."""
+        self._of_the_start += summaries
+        self._log(0, summaries, once=True)
+
     # A checkpoint may have been saved in the middle of an evaluation, which was then completed and
     # logged before the crash. The resume repeats it: what the timeline has of that step stays.
 
@@ -290,8 +291,7 @@ class TensorBoardLog(LogFile):
         numeric: Iterable[str] = (),
         first: Iterable[str] = (),
     ) -> None:
-        """Log the run's row in the HParams tab, in the run itself. Call it after every start and
-        resume: after a resume nothing is written if nothing changed, else the row is replaced.
+        """Log the run's row in the HParams tab, in the run itself, once after every start.
 
         metrics: tags of scalars shown as columns; the same in all runs (TensorBoard takes the
         columns of the first run it finds). numeric: names that are numbers in some runs and None in
@@ -322,29 +322,7 @@ class TensorBoardLog(LogFile):
         for info in content.experiment.hparam_infos:
             info.differs = info.name in first  # what TensorBoard sorts by, before the name
         plugin_data.content = content.SerializeToString()
-        records = {s.value[0].tag: s for s in (experiment, start)}
-        new = {
-            tag: _canonical(summary.value[0].metadata.plugin_data.content)
-            for tag, summary in records.items()
-        }
-        if self._kept.hparams == new:
-            return
-        if self._kept.hparams:
-            self._forget_hparams(list(records))
-        self._log(0, records.values(), once=True)
-
-    def _forget_hparams(self, tags: list[str]) -> None:
-        """Take the row out of the older files: the first record of a tag wins for good."""
-        was_open = self._file is not None
-        try:
-            self._shut()
-            last = self._kept.last
-            self._kept = _clean(self.log_dir, float("inf"), tags)
-            self._kept.last = last
-            if was_open:
-                self._open()
-        except OSError as error:
-            self._stop(error)
+        self._log_of_the_start([experiment, start])
 
     def hparams_end(self) -> None:
         """Mark the run as finished in the HParams tab. Only at true completion."""
@@ -353,6 +331,4 @@ class TensorBoardLog(LogFile):
 
     def layout(self, layout: dict[str, dict[str, list]]) -> None:
         """Lay out the Custom Scalars tab: {group: {chart: ["Multiline", [regular expression]]}}."""
-        summary = torch_summary.custom_scalars(layout)
-        if summary.value[0].tensor.string_val[0] != self._kept.layout:  # the last one counts
-            self._log(0, [summary], once=True)
+        self._log_of_the_start([torch_summary.custom_scalars(layout)])

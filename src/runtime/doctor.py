@@ -37,27 +37,38 @@ REFERENCE_STEPS = 95_365  # five epochs of 10 billion tokens
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 DISK_TEST_BYTES = 256 << 20
 CHECKSUMS_BELOW = 2e9  # bytes of shards whose SHA-256 are checked unasked: a few seconds
-PORTS = {6006: "TensorBoard's", 29500: "torchrun's"}
+PORTS = {
+    6006: ("TensorBoard's", "it may run already; else tensorboard --logdir=runs --port 6007"),
+    29500: ("torchrun's", "torchrun --standalone finds a free one"),
+}
 MEASURE_SECONDS = 5.0
-LONG_HOURS = 100 * 24  # beyond that nobody waits for a run
+LONG_SECONDS = 100 * 86400  # beyond that nobody waits for a run
 COLOURS = {"ok": "green", "note": "yellow", "PROBLEM": "red"}
 
 
 class Report:
-    """The lines, printed as they are found."""
+    """Prints the lines as they are found, and remembers the problems."""
 
     def __init__(self):
         self.problems = []
 
-    def add(self, level: str, name: str, text: str, fix: str = "") -> None:
-        print(f"{tint(f'{level:>7}', COLOURS[level])}  {name:<10} {text}", flush=True)
-        if fix:
+    def add(self, name: str, text: str, but: str = "", fix: str = "", level: str = "note") -> None:
+        """Print what was found, at `level` and with a `fix` where there is a `but`, else as ok."""
+        level = level if but else "ok"
+        print(f"{tint(f'{level:>7}', COLOURS[level])}  {name:<10} {text}{but}", flush=True)
+        if but and fix:
             print(f"{'':20} fix: {fix}", flush=True)
         if level == "PROBLEM":
             self.problems.append(name)
 
+    def note(self, name: str, text: str, fix: str = "") -> None:
+        self.add(name, "", text, fix)
 
-def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> int:
+    def problem(self, name: str, text: str, fix: str = "") -> None:
+        self.add(name, "", text, fix, "PROBLEM")
+
+
+def examine(program: Program, outside: notify.Outside = notify.NOBODY) -> int:
     """Look at everything -> exit code 0, or 2 if there is a problem."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         print("error: --doctor looks at one process: start it without torchrun", file=sys.stderr)
@@ -65,7 +76,6 @@ def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> in
     report, run = Report(), None
     cfg, device = program.flags, torch.device("cpu")
     check_versions(report, cfg.use_tensorboard)
-    check_tokenizer(report)
     try:
         # What planning has to say beside errors, the lines below say too.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -73,7 +83,7 @@ def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> in
         cfg, device = run.cfg, run.dist.device
         planning.check_unused(run)
     except (ValueError, OSError) as error:
-        report.add("PROBLEM", "plan", str(error))
+        report.problem("plan", str(error))
     check_devices(report, device)
     check_products(report, device, run and run.dtype)
     check_compiler(report, device, cfg.compile)
@@ -83,7 +93,7 @@ def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> in
         check_data(report, run, program.sample_dir)
         check_hellaswag(report, run)
     check_ports(report)
-    check_messages(report, addresses)
+    check_messages(report, outside)
     if fits:  # else the attempt itself could bring the machine down
         check_speed(report, program, run)
     print()
@@ -98,7 +108,7 @@ def examine(program: Program, addresses: notify.Addresses = notify.NOBODY) -> in
 
 
 def check_versions(report: Report, use_tensorboard: bool) -> None:
-    """Installed versions against requirements.txt."""
+    """Compare what is installed with requirements.txt."""
     found, others, missing = [f"Python {platform.python_version()}"], [], []
     for name, pinned in re.findall(r"^([\w-]+)==(\S+)", REQUIREMENTS.read_text(), re.M):
         try:
@@ -110,24 +120,14 @@ def check_versions(report: Report, use_tensorboard: bool) -> None:
         if version.split("+")[0] != pinned:  # torch's builds are 2.13.0+cpu, 2.13.0+cu130, ...
             others.append(f"{name} {version}, pinned is {pinned}")
     install = "pip install -r requirements.txt"
-    report.add("ok", "versions", ", ".join(found))
+    report.add("versions", ", ".join(found))
     if others:
-        report.add("note", "versions", f"{'; '.join(others)}: numbers may differ a little", install)
+        report.note("versions", f"{'; '.join(others)}: numbers may differ a little", install)
     for name in missing:
         rarely = {"tensorboard": "for --use_tensorboard", "datasets": "to prepare hub data"}
         needed = name not in rarely or (name == "tensorboard" and use_tensorboard)
         text = f"{name} is not installed, needed {rarely.get(name, 'for training')}"
-        report.add("PROBLEM" if needed else "note", "versions", text, install)
-
-
-def check_tokenizer(report: Report) -> None:
-    try:
-        count = tokenizer.get_tokenizer().n_vocab
-    except ValueError as error:
-        report.add("PROBLEM", "tokenizer", str(error))
-        return
-    digest = tokenizer.fingerprint()
-    report.add("ok", "tokenizer", f"GPT-2's files by their SHA-256, {count:,} tokens, {digest}")
+        report.add("versions", "", text, install, "PROBLEM" if needed else "note")
 
 
 # --- The machine ----------------------------------------------------------------------------------
@@ -136,40 +136,29 @@ def check_tokenizer(report: Report) -> None:
 def check_devices(report: Report, device: torch.device) -> None:
     cores, load = host.cores(), os.getloadavg()[0]
     text = f"{cores} core(s) for this process, {torch.get_num_threads()} thread(s) of PyTorch"
-    if load > 0.5 * cores:
-        report.add(
-            "note",
-            "CPU",
-            f"{text}; load {load:.1f}: something else is running, speeds below are too low",
-        )
-    else:
-        report.add("ok", "CPU", text)
+    busy = f"; load {load:.1f}: something else is running, speeds below are too low"
+    report.add("CPU", text, busy if load > 0.5 * cores else "")
+    count = torch.cuda.device_count()
     if device.type == "cpu" and shutil.which("nvidia-smi"):
         build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"
-        report.add(
-            "note",
-            "GPU",
-            f"nvidia-smi is installed but the run uses the CPU: {build} sees "
-            f"{torch.cuda.device_count()} GPU(s)",
-            "a driver, or PyTorch's CUDA build: pip install torch==2.13.0",
-        )
-    for i in range(torch.cuda.device_count()):
+        text = f"nvidia-smi is installed but the run uses the CPU: {build} sees {count} GPU(s)"
+        fix = "a driver, or PyTorch's CUDA build: pip install torch==2.13.0"
+        report.note("GPU", text, fix)
+    for i in range(count):
         properties = torch.cuda.get_device_properties(i)
         free, total = torch.cuda.mem_get_info(i)
         text = (
             f"{i}: {properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, CUDA {torch.version.cuda}"
         )
-        if free < 0.9 * total:
-            report.add("note", "GPU", f"{text}: something else has memory there", "nvidia-smi")
-        else:
-            report.add("ok", "GPU", text)
+        taken = ": something else has memory there" if free < 0.9 * total else ""
+        report.add("GPU", text, taken, "nvidia-smi")
     if device.type == "mps":
-        report.add("ok", "GPU", "Apple's, through MPS")
+        report.add("GPU", "Apple's, through MPS")
 
 
 def check_products(report: Report, device: torch.device, planned: torch.dtype | None) -> None:
-    """Measured speed of a matrix product in each precision."""
+    """Measure the speed of a matrix product in each precision."""
     wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if device.type == "cuda":
         wanted |= {"TF32": torch.float32, "float16": torch.float16}
@@ -183,24 +172,20 @@ def check_products(report: Report, device: torch.device, planned: torch.dtype | 
     torch.set_float32_matmul_precision("highest")
     text = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items()) + " GFLOP/s"
     text += f"; not available: {', '.join(missing)}" if missing else ""
-    plan = str(planned).removeprefix("torch.")
-    if plan == "bfloat16" and rates.get(plan, 0) < rates["float32"]:
-        text += ": bfloat16 is slower than float32 here"
-        report.add("note", "products", text, "--dtype float32")
-    elif plan == "float32" and rates.get("bfloat16", 0) > 1.5 * rates["float32"]:
-        text += ": bfloat16 would be faster than the planned float32"
-        report.add("note", "products", text, "--dtype bfloat16")
-    else:
-        report.add("ok", "products", text)
+    bfloat16, but, better = rates.get("bfloat16", 0), "", ""
+    if planned == torch.bfloat16 and bfloat16 < rates["float32"]:
+        but, better = ": bfloat16 is slower than float32 here", "float32"
+    elif planned == torch.float32 and bfloat16 > 1.5 * rates["float32"]:
+        but, better = ": bfloat16 would be faster than the planned float32", "bfloat16"
+    report.add("products", text, but, f"--dtype {better}")
 
 
 def check_compiler(report: Report, device: torch.device, asked: bool | None) -> None:
     """Compile a small function for real: a new one each time, so that no cache answers."""
     if asked is False:
-        report.add("ok", "compiler", "not needed with --no-compile")
+        report.add("compiler", "not needed with --no-compile")
         return
-    number, start = random.random(), time.monotonic()
-    x = torch.ones(64, device=device)
+    number, x, start = random.random(), torch.ones(64, device=device), time.monotonic()
 
     def function(x):
         return torch.sin(x) * number + 1
@@ -210,76 +195,65 @@ def check_compiler(report: Report, device: torch.device, asked: bool | None) -> 
             raise ValueError("the compiled function computes something else")
     except Exception as error:  # whatever a compiler can think of
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        used = asked or device.type == "cuda"
-        report.add(
-            "PROBLEM" if asked else "note",
-            "compiler",
-            f"torch.compile does not work: {reason}"
-            + ("" if used else " (this run does not use it)"),
-            "install a C++ compiler (g++), on a GPU also Triton and Python's headers; "
-            "or --no-compile",
-        )
+        text = f"torch.compile does not work: {reason}"
+        text += "" if asked or device.type == "cuda" else " (this run does not use it)"
+        fix = "install a C++ compiler (g++), on a GPU also Triton and Python's headers; "
+        fix += "or --no-compile"
+        report.add("compiler", "", text, fix, "PROBLEM" if asked else "note")
         return
     seconds = time.monotonic() - start
-    report.add("ok", "compiler", f"torch.compile compiled a function in {seconds:.1f} s")
+    report.add("compiler", f"torch.compile compiled a function in {seconds:.1f} s")
 
 
 def check_memory(report: Report, run) -> bool:
     """Return whether training fits, by the estimate for it and the copy for saving."""
-    warning = summary.memory_warning(run)
-    if warning:
-        report.add(
-            "PROBLEM", "memory", warning, "numbers stay the same with any --micro_batch_size"
-        )
-    else:
-        need, copy, there, where = summary.memory_needed(run)
-        text = f"training needs about {words.size(need + copy)} of {where}"
-        text += f", {words.size(there)} are free" if there is not None else ""
-        report.add("ok", "memory", text)
-    return warning is None
+    if warning := summary.memory_warning(run):
+        report.problem("memory", warning, "numbers stay the same with any --micro_batch_size")
+        return False
+    need, copy, there, where = summary.memory_needed(run)
+    text = f"training needs about {words.size(need + copy)} of {where}"
+    report.add("memory", text + (f", {words.size(there)} are free" if there is not None else ""))
+    return True
 
 
 # --- Disk, data, network --------------------------------------------------------------------------
 
 
 def check_disk(report: Report, cfg, run) -> None:
-    """Speed of the checkpoints' disk, and room for what the plan writes. run: None without plan."""
-    rates = {}
-    for name in ("checkpoint_dir", "tensorboard_dir"):
+    """Measure the checkpoints' disk, and compare its room with what the plan writes, if any."""
+    for name in ("tensorboard_dir", "checkpoint_dir"):
         folder = host.existing(getattr(cfg, name))
-        size = min(DISK_TEST_BYTES, host.free_bytes(folder) // 4)
+        size = 4096 if name == "tensorboard_dir" else DISK_TEST_BYTES
+        size = min(size, host.free_bytes(folder) // 4)
         try:
-            rates[name] = size / _write_seconds(folder, size if name == "checkpoint_dir" else 4096)
+            rate = size / _write_seconds(folder, size)
         except OSError as error:
             text = f"--{name} {getattr(cfg, name)}: cannot write in {folder} ({error.strerror})"
-            report.add("PROBLEM", "disk", text, "another folder, or its permissions")
+            report.problem("disk", text, "another folder, or its permissions")
             return
-    rate = rates["checkpoint_dir"]
     text = f"{cfg.checkpoint_dir} writes {rate / 1e6:,.0f} MB/s to the disk"
     if run is None:
-        report.add("ok", "disk", text)
+        report.add("disk", text)
         return
     size = summary.checkpoint_bytes(run)
     text += f", a checkpoint of {words.size(size)} in {size / rate:.1f} s"
-    if size / rate > 25:
-        text += ": longer than torchrun waits after a signal (30 s)"
-        report.add("note", "disk", text, "--max_hours, or a faster disk (QUICK_START.md, torchrun)")
-    else:
-        report.add("ok", "disk", text)
+    long = ": longer than torchrun waits after a signal (30 s)" if size / rate > 25 else ""
+    fix = "--max_hours, or a faster disk (QUICK_START.md, torchrun)"
+    report.add("disk", text, long, fix)
     log_folder = Path(cfg.tensorboard_dir, cfg.run_name)
     warnings = summary.disk_warnings(run, run.checkpoint_folder, log_folder)
     for warning in warnings:
         fix = "make room, a smaller --keep_checkpoints, or another --checkpoint_dir"
-        report.add("PROBLEM", "space", warning, fix)
+        report.problem("space", warning, fix)
     if not warnings:
         kept, logs = summary.checkpoints_kept(cfg) * size, summary.log_bytes(run)
         text = f"the run writes up to {words.size(kept)} of checkpoints, {words.size(logs)} of logs"
         free = host.free_bytes(run.checkpoint_folder)
-        report.add("ok", "space", f"{text}; {words.size(free)} are free for checkpoints")
+        report.add("space", f"{text}; {words.size(free)} are free for checkpoints")
 
 
 def _write_seconds(folder: Path, size: int) -> float:
-    """Time to write `size` bytes that do not compress, and to have them on the disk."""
+    """Return how long it takes to have `size` bytes that do not compress on the disk."""
     block = random.Random(0).randbytes(1 << 20)
     path = folder / f".tmp-disk-test-{os.getpid()}"
     start = time.monotonic()
@@ -294,8 +268,8 @@ def _write_seconds(folder: Path, size: int) -> float:
 
 
 def check_data(report: Report, run, sample_dir: str) -> None:
-    """The shards fit each other and their manifest: planning has opened them. Checksums too where
-    that is quick or --verify_data asks for it."""
+    """Say what the shards hold, which planning has opened and compared with their manifest; check
+    their checksums where that is quick or --verify_data asks for it."""
     cfg = run.cfg
     folders = [Path(folder) for folder, _ in token_shards.parse_data_dir(cfg.data_dir)]
     splits = [token_shards.list_shards(f, split) for f in folders for split in ("train", "val")]
@@ -309,102 +283,75 @@ def check_data(report: Report, run, sample_dir: str) -> None:
         try:
             token_shards.verify(cfg.data_dir)
         except ValueError as error:
-            report.add("PROBLEM", "data", f"{text}: {error}")
+            report.problem("data", f"{text}: {error}")
             return
         text += ", checksums as in the manifest" if listed else ", no manifest to check against"
     else:
         text += ", sizes as in the manifest (checksums: --verify_data)" if listed else ""
+    but, fix = "", ""
     if cfg.data_dir == sample_dir:
         free = words.size(host.free_bytes(sample_dir))
-        text += f". A sample to try the program with: FineWeb-Edu takes 20 GB, {free} are free"
-        report.add("note", "data", text, "python src/prepare_data.py, or --data_dir")
-    elif run.cfg.max_steps * run.cfg.total_batch_size > 20 * run.train_data.num_tokens:
-        text += ": the plan sees them more than 20 times"
-        report.add("note", "data", text, "a smaller --epochs or --max_steps, or more data")
-    else:
-        report.add("ok", "data", text)
+        but = f". A sample to try the program with: FineWeb-Edu takes 20 GB, {free} are free"
+        fix = "python src/prepare_data.py, or --data_dir"
+    elif cfg.max_steps * cfg.total_batch_size > 20 * run.train_data.num_tokens:
+        but = ": the plan sees them more than 20 times"
+        fix = "a smaller --epochs or --max_steps, or more data"
+    report.add("data", text, but, fix)
 
 
 def check_hellaswag(report: Report, run) -> None:
     path = run.cfg.hellaswag_file
     if run.hellaswag_items:
-        report.add("ok", "HellaSwag", f"{path}: {len(run.hellaswag_items):,} questions")
+        report.add("HellaSwag", f"{path}: {len(run.hellaswag_items):,} questions")
     elif run.cfg.hellaswag_freq:
         text = f"{path} is not there: training goes on without the score"
-        report.add("note", "HellaSwag", text, "python src/hellaswag.py --download (12 MB)")
+        report.note("HellaSwag", text, "python src/hellaswag.py --download (12 MB)")
 
 
-def check_messages(report: Report, addresses: notify.Addresses) -> None:
+def check_messages(report: Report, outside: notify.Outside) -> None:
     """Send a test message to every --notify."""
-    for name, error in notify.try_out(addresses):
-        if error is None:
-            report.add("ok", "notify", f"{name} took a test message: did it arrive?")
-        else:
-            text = f"--notify {name}: the test message was not taken ({error})"
-            report.add("PROBLEM", "notify", text, "the address, and the network from here")
+    test = notify.Message("training", "test", "A test: this is how the run will speak to you.")
+    for name, send in outside.targets:
+        try:
+            send(test)
+            report.add("notify", f"{name} took a test message: did it arrive?")
+        except Exception as error:  # whatever a service, or its library, can think of
+            text = f"--notify {name}: the test message was not taken ({type(error).__name__})"
+            report.problem("notify", text, "the address, and the network from here")
 
 
 def check_ports(report: Report) -> None:
-    taken = []
-    for port in PORTS:
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                s.bind(("127.0.0.1", port))
-            except OSError:
-                taken.append(port)
-    for port in taken:
-        fix = {
-            6006: "that may be a TensorBoard already; else tensorboard --logdir=runs --port 6007"
-        }
-        text = f"{port}, {PORTS[port]}, is taken"
-        report.add("note", "ports", text, fix.get(port, "torchrun --standalone finds a free one"))
+    taken = False
+    for port, (whose, fix) in PORTS.items():
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            taken = True
+            report.note("ports", f"{port}, {whose}, is taken", fix)
     if not taken:
-        names = " and ".join(f"{port} ({whose})" for port, whose in PORTS.items())
-        report.add("ok", "ports", f"{names} are free")
+        names = " and ".join(f"{port} ({whose})" for port, (whose, _) in PORTS.items())
+        report.add("ports", f"{names} are free")
 
 
 # --- How long it will take ------------------------------------------------------------------------
 
 
 def check_speed(report: Report, program: Program, run) -> None:
-    """Short measured training steps -> time and cost of the plan and of the reference run."""
-    speed = measure(report, program, run, "speed")
-    if speed is not None:
-        report_duration(report, "this plan", run, *speed)
-    shape = {name: getattr(run.cfg, name) for name in ("n_layer", "n_embd", "seq_len")}
-    if not shape.items() <= program.reference.items():
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                run = reference_run(program, run)
-        except (ValueError, OSError) as error:
-            report.add("note", "reference", str(error))
-            return
-        if warning := summary.memory_warning(run):
-            report.add("note", "reference", f"GPT-2 124M: {warning}")
-            return
-        speed = measure(report, program, run, "reference")
-    if speed is not None:
-        run.cfg.max_steps = REFERENCE_STEPS
-        run.cfg.total_batch_size = program.reference["total_batch_size"]
+    """Measure training steps; say what the plan takes and, with GPT-2 124M, the reference run."""
+    cfg, speed = run.cfg, measure(report, program, run)
+    if speed is None:
+        return
+    report_duration(report, "this plan", run, *speed)
+    shape = {name: getattr(cfg, name) for name in ("n_layer", "n_embd", "seq_len")}
+    if shape.items() <= program.reference.items():
+        cfg.max_steps = REFERENCE_STEPS
+        cfg.total_batch_size = program.reference["total_batch_size"]
         report_duration(report, "reference", run, *speed)
 
 
-def reference_run(program: Program, run):
-    """Return the plan of GPT-2 124M on this machine."""
-    flags = program.reference | {"data_dir": run.cfg.data_dir, "max_steps": REFERENCE_STEPS}
-    flags |= {"resume": None, "decay_from": None}
-    if run.dist.device.type == "cpu":
-        flags["micro_batch_size"] = 1
-    return program.plan(**flags)
-
-
-def measure(report: Report, program: Program, run, name: str) -> tuple[float, float] | None:
-    """Measure and report tokens/s -> (those, watts meanwhile, 0 if nothing says); None if it fails.
-
-    A step is its number of micro-batches and the update; evaluation, logging and saving come on
-    top.
-    """
+def measure(report: Report, program: Program, run) -> tuple[float, float] | None:
+    """Measure and report tokens/s without evaluation, logging and saving. Return them and the watts
+    meanwhile (0 if nothing says), or None where a step fails."""
     cfg, device = run.cfg, run.dist.device
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
     torch.manual_seed(cfg.seed)
@@ -434,7 +381,7 @@ def measure(report: Report, program: Program, run, name: str) -> tuple[float, fl
         seconds += _seconds(update, device)
     except RuntimeError as error:  # most of all: out of memory
         reason = str(error).splitlines()[0][:200]
-        report.add("PROBLEM", name, f"a training step failed: {reason}", "--micro_batch_size 1")
+        report.problem("speed", f"a training step failed: {reason}", "--micro_batch_size 1")
         return None
     finally:
         run.model = run.optimizer = None
@@ -443,12 +390,12 @@ def measure(report: Report, program: Program, run, name: str) -> tuple[float, fl
         f"{cfg.model} ({cfg.n_layer} layers, width {cfg.n_embd}, context {cfg.seq_len}): "
         f"{rate:,.0f} tokens/s in {cfg.dtype}, measured with {len(ids)} sequence(s) a pass"
     )
-    report.add("ok", name, text)
+    report.add("speed", text)
     return rate, watts
 
 
 def _seconds(work, device: torch.device) -> float:
-    """Median time of a call, of as many as fit into MEASURE_SECONDS but at least one."""
+    """Return the median time of a call, of as many as fit into MEASURE_SECONDS, at least one."""
     times = []
     while not times or (sum(times) < MEASURE_SECONDS and len(times) < 50):
         machine.wait_for(device)
@@ -460,28 +407,16 @@ def _seconds(work, device: torch.device) -> float:
 
 
 def report_duration(report: Report, name: str, run, rate: float, watts: float) -> None:
-    """Time and cost of a run at `rate` tokens per second and `watts`."""
+    """Say what time and energy a run takes at `rate` tokens per second and `watts`."""
     cfg = run.cfg
-    hours = cfg.max_steps * cfg.total_batch_size / rate / 3600
-    text = (
-        f"{cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens: {hours_and_days(hours)} "
-        "without evaluation and saving"
-    )
+    seconds = cfg.max_steps * cfg.total_batch_size / rate
+    text = f"{cfg.max_steps:,} steps of {cfg.total_batch_size:,} tokens: {words.duration(seconds)} "
+    text += "without evaluation and saving"
     if run.dist.device.type == "cuda":
-        text += f", {hours:,.1f} GPU-hours"
+        text += f", {seconds / 3600:,.1f} GPU-hours"
         if (gpus := torch.cuda.device_count()) > 1:
-            text += f"; on {gpus} GPUs at best {hours_and_days(hours / gpus)}"
+            text += f"; on {gpus} GPUs at best {words.duration(seconds / gpus)}"
     if watts:
-        text += f", {watts * hours / 1000:,.1f} kWh at the measured {watts:,.0f} W"
-    if hours > LONG_HOURS:
-        report.add(
-            "note", name, text, "a GPU, or a smaller --model: this machine is not made for it"
-        )
-    else:
-        report.add("ok", name, text)
-
-
-def hours_and_days(hours: float) -> str:
-    if hours < 1:
-        return f"{3600 * hours:.0f} seconds" if hours < 1 / 30 else f"{60 * hours:.1f} minutes"
-    return f"{hours:,.1f} hours" + (f" = {hours / 24:,.1f} days" if hours > 48 else "")
+        text += f", {watts * seconds / 3.6e6:,.1f} kWh at the measured {watts:,.0f} W"
+    too_long = ": this machine is not made for it" if seconds > LONG_SECONDS else ""
+    report.add(name, text, too_long, "a GPU, or a smaller --model")

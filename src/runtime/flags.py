@@ -48,7 +48,7 @@ def flag(
     in_file=True,
     overrides=(),
 ):
-    """A field that is a flag; its annotation (int, float, str, bool, or one `| None`) is its type.
+    """Return a field that is a flag; its annotation (int, float, str, bool, `| None`) is its type.
 
     group: opens a new group in --help with this field. resume: where a resume takes the value from
     when the flag is not given again. learned: the value changes what the model learns; unless said
@@ -195,7 +195,9 @@ def words(values: dict, config_class) -> list[str]:
         if value is True or (value is False and negatable(field)):
             found.append(f"--{field.name}" if value else f"--no-{field.name}")
         elif value is not None and value is not False:
-            found += [f"--{field.name}", str(value)]
+            again = field.metadata["several"] == "again"
+            for one in shlex.split(value) if again else [str(value)]:
+                found += [f"--{field.name}", one]
     return found
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from basics import terminal
 from monitoring import summary
 from runtime import machine
 from runtime.flags import CommandLine, to_toml
@@ -32,12 +33,12 @@ class Program:
 
     @property
     def flags(self):
-        """A configuration of the flags given, undecided."""
+        """Return a configuration of the flags given, undecided."""
         return self.config_class(**self.command.values())
 
-    def plan(self, **changes):
-        """Return the planned run of this command, or of it with other flags; nothing is built."""
-        return self.set_up(self.command.values() | changes | {"dry_run": True})[0]
+    def plan(self):
+        """Return the planned run of this command; nothing is built."""
+        return self.set_up(self.command.values() | {"dry_run": True})[0]
 
     def new_model(self, cfg):
         """Return (model, optimizer) of a configuration."""
@@ -53,6 +54,7 @@ def print_config(program: Program) -> None:
         decided = dataclasses.replace(run.cfg, run_name=program.flags.run_name)
         title = "for --config; in comments what is decided anew where this is read"
         print(to_toml(decided, run.flags_ever_given, title), end="")
+        terminal.check_output()
     run.dist.leave()
 
 

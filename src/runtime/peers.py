@@ -12,6 +12,7 @@ import time
 
 from basics import terminal
 from runtime.own_work import OwnWork
+from runtime.supervisor import end, is_alive
 
 SILENCE = 75.0  # seconds without a heartbeat after which a process counts as lost
 TICK = 0.2  # seconds between looks into the store
@@ -22,19 +23,22 @@ LEFT = b"left"  # instead of a heartbeat: that process has ended as it should
 class Peers:
     """The other processes of a run, from the moment they have met until this one leaves.
 
-    Rank 0, in whose process the store is, watches all others, and they watch rank 0. `exchange()`
-    is called in the talking thread at every tick. `on_lost(who)` is called once, in the watching
+    Rank 0, in whose process the store is, watches all others, and they watch rank 0. A process of
+    `pids` ({rank: id}, of this machine) that ends is noticed at once, by all. `exchange()` is
+    called in the talking thread at every tick. `on_lost(who)` is called once, in the watching
     thread, with a sentence; until training has begun it ends this process.
     """
 
     def __init__(self, store, rank: int, world_size: int, limit: float, work: OwnWork):
         self.store, self.rank, self.limit, self.work = store.clone(), rank, limit, work
+        self.pids: dict[int, int] = {}
         self.lost: str | None = None
         self.exchange = lambda: None
         self.on_lost = self._end
         others = range(1, world_size) if rank == 0 else [0]
         self._silent = dict.fromkeys(others, 0.0)  # seconds, by rank
         self.heard: dict[int, bytes] = {}  # last heartbeats: number, seconds of own work, host
+        self._beat(0)  # who reads it waits until it is there
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -59,18 +63,23 @@ class Peers:
         return found if all(found.values()) else {}
 
     def _end(self, who: str) -> None:
-        from runtime.supervisor import end
-
         terminal.print_error(f"{who}, while this process was starting")
         end(1)
 
+    def _beat(self, number: int) -> None:
+        work = f"{self.work.median:.4g} {os.uname().nodename}"
+        self.store.set(f"beat/{self.rank}", f"{number} {work}")
+
     def _talk(self) -> None:
-        beats, next_beat, host = 0, 0.0, os.uname().nodename
+        beats, next_beat = 0, 0.0
         try:
             while not self._closed.wait(TICK):
+                ended = [rank for rank, pid in self.pids.items() if not is_alive(pid)]
+                if 0 in ended:
+                    raise ConnectionError  # the store has gone with it
                 if time.monotonic() >= next_beat:
                     beats, next_beat = beats + 1, time.monotonic() + BEAT
-                    self.store.set(f"beat/{self.rank}", f"{beats} {self.work.median:.4g} {host}")
+                    self._beat(beats)
                     ranks = list(self._silent)
                     values = self.store.multi_get([f"beat/{rank}" for rank in ranks])
                     for rank, value in zip(ranks, values, strict=True):
@@ -78,7 +87,11 @@ class Peers:
                             self.heard[rank], self._silent[rank] = value, 0.0
                         if value == LEFT:
                             del self._silent[rank]
-                self.exchange()
+                self.exchange()  # which ends this process too if the run is over
+                for rank in ended:
+                    if self.store.get(f"beat/{rank}") != LEFT:
+                        self._silent[rank] = float("inf")
+                    del self.pids[rank]
             self.store.set(f"beat/{self.rank}", LEFT)
         except Exception:  # the connection was closed, and rank 0's process with it
             self._silent = {0: float("inf")}
@@ -93,6 +106,6 @@ class Peers:
                     self._silent[rank] += passed
                 if seconds > self.limit and not self._closed.is_set():
                     silent = f"has been silent for {self.limit:g} s"
-                    self.lost = f"rank {rank} {'has ended' if seconds == float('inf') else silent}"
+                    self.lost = f"rank {rank} {'has died' if seconds == float('inf') else silent}"
                     self.on_lost(self.lost)
                     break

@@ -41,7 +41,7 @@ class TrainState:
 
 
 def checkpoint_of(run) -> dict:
-    """What is in a checkpoint file: tensors and plain values, loadable with weights_only=True.
+    """Return what a checkpoint file holds: tensors and plain values, for weights_only=True.
 
     Of a sharded model every rank must ask for it, and rank 0 gets it.
     """
@@ -160,7 +160,7 @@ CHECKPOINT_LAYOUT = {
 
 
 def load_checkpoint(path: Path, config_class: type) -> dict:
-    """A verified checkpoint of this program, on the CPU. ValueError says what is wrong with it."""
+    """Return a verified checkpoint of this program, on the CPU, or raise ValueError."""
     checkpoint = files.load(path)
     files.check_layout(path, checkpoint, CHECKPOINT_LAYOUT | {"config": config_class})
     # Before a model of that size is built: the weights are what the configuration says.

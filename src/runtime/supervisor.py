@@ -55,7 +55,7 @@ _at_work = False  # there is a Supervisor, which has the work saved first
 
 
 def begin() -> None:
-    """To be called first, before the slow imports. Until there is a Supervisor a signal ends the
+    """Take the signals, before the slow imports. Until there is a Supervisor a signal ends the
     program at once, without a traceback, and SIGUSR1 has nothing to save.
 
     A thread hears of signals: the main thread may wait in C++ for another process that never
@@ -77,7 +77,7 @@ def _hear(pipe: int) -> None:
 
 
 def _honoured() -> list[signal.Signals]:
-    """The signals that stop a run: SIGHUP only where it is not ignored, as nohup has it."""
+    """Return the signals that stop a run: SIGHUP only where it is not ignored, as by nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
 
@@ -95,11 +95,11 @@ def end(code: int) -> NoReturn:
 
 
 class StopRequested(Exception):
-    """Raised by `poll` on rank 0; `code` is the exit code after the checkpoint, `reason` a text."""
+    """Raised by `poll` on rank 0, with a reason; `code` is the exit code after the checkpoint."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(reason)
-        self.code, self.reason = code, reason
+        self.code = code
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def reading():
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether PyTorch says with this exception that another process, or the store, is gone.
+    """Return whether this exception of PyTorch's says that another process, or the store, is gone.
 
     gloo raises plain RuntimeErrors that name its source file; the rest has classes.
     """
@@ -120,7 +120,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 class Supervisor:
-    """One per process, made in the main thread. peers: peers.Peers, where there are others."""
+    """Watches over this process; made in the main thread. peers: peers.Peers, if it has any."""
 
     def __init__(self, rank=0, world_size=1, peers=None, hang_timeout=900.0, max_hours=None):
         self.rank, self.world_size, self.peers = rank, world_size, peers
@@ -147,6 +147,7 @@ class Supervisor:
         self._thread.start()
         if peers is not None:
             peers.on_lost, peers.exchange = self._on_lost, self._exchange
+            peers.pids = dict(self._pids)
             if peers.lost is not None:
                 self._on_lost(peers.lost)
 
@@ -172,7 +173,7 @@ class Supervisor:
         self._beat = time.monotonic()
 
     def poll(self, waiting: bool = False, agree=bool, all_ranks: bool = False) -> None:
-        """As `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
+        """Be `alive`; raise StopRequested if it is time to leave: on rank 0, or on `all_ranks`,
         where agree(own wish) says on each whether any wants to."""
         self.alive(waiting)
         if agree(self._stop is not None) and (self.rank == 0 or all_ranks):
@@ -182,23 +183,23 @@ class Supervisor:
             raise StopRequested(*self._stop)
 
     def take_save_request(self) -> bool:
-        """True once after a SIGUSR1."""
+        """Return True once after a SIGUSR1."""
         asked, self._save = self._save, False
         return asked
 
     def stop_for(self, error: Exception) -> StopRequested:
-        """What an exception in training means: a reason to stop with the work saved. Raises it
-        again if it is anything but a StopRequested or the loss of another process."""
+        """Return the reason to stop that an exception in training is, where the work can be saved.
+        Raise it again if it is neither a StopRequested nor the loss of another process."""
         if isinstance(error, StopRequested):
             if self.rank > 0 and self._stop is None:  # trouble of this rank alone
                 print(f"rank {self.rank}: {error}", file=sys.stderr)
-                self._stop = (error.code, error.reason)  # the watching thread tells rank 0
+                self._stop = (error.code, str(error))  # the watching thread tells rank 0
             return error
         if self.world_size == 1 or not is_lost_peer(error):
             raise error
         self._leaving = True
         time.sleep(5 * _TICK)  # a signal or a reason may be on its way
-        gone = [str(r) for r, pid in self._pids.items() if not _alive(pid)]
+        gone = [str(r) for r, pid in self._pids.items() if not is_alive(pid)]
         who = f"rank {', '.join(gone)} has died" if gone else "another process has died"
         if not gone and self.peers.lost is not None:
             who = self.peers.lost
@@ -207,7 +208,7 @@ class Supervisor:
         return StopRequested(code, reason)
 
     def leave(self, code: int) -> None:
-        """At the end. Rank 0, after its last checkpoint, tells the others to end with the same exit
+        """Have all end: rank 0, after its last checkpoint, tells the others to, with the same exit
         code; another rank that stops gives rank 0 the time to save."""
         if self.rank == 0 and self.store is not None:
             self.store.set(_LEFT, str(code))
@@ -243,10 +244,10 @@ class Supervisor:
         self._save = True
 
     def _share_pids(self) -> dict[int, int]:
-        """{rank: process id} of the other ranks on this host."""
+        """Return {rank: process id} of the other ranks on this host."""
         if self.store is None:
             return {}
-        host, pids = os.uname().nodename, {}
+        host, pids = _where_ids_mean_the_same(), {}
         self.store.set(f"supervisor/pid/{self.rank}", f"{host} {os.getpid()}")
         for rank in range(self.world_size):
             where, pid = self.store.get(f"supervisor/pid/{rank}").decode().split()
@@ -268,8 +269,6 @@ class Supervisor:
             gone = self._launcher is not None and os.getppid() != self._launcher
             if gone and self._stop is None:
                 self._stop = (128 + signal.SIGTERM, "the process that started this one is gone")
-            if 0 in self._pids and not _alive(self._pids[0]):
-                self._end_for("rank 0 has died")
             waited = 0 if self._lost_since is None else now - self._lost_since
             if waited > min(_LAST_WAIT, self.hang_timeout) and not self._leaving:
                 self._end_for(f"{self.peers.lost} and this process waits for it")
@@ -277,7 +276,7 @@ class Supervisor:
     # -- with the others: in the threads of peers.Peers --------------------------------------------
 
     def _on_lost(self, who: str):
-        """Rank 0 saves when it next polls; the others have nothing to save."""
+        """Have rank 0 save when it next polls; the others have nothing to save."""
         if self._stop is None:
             self._stop = (1, who)
         if self.rank > 0:
@@ -286,10 +285,10 @@ class Supervisor:
 
     def _end_for(self, who: str):
         print(f"rank {self.rank}: {who}, this process ends", file=sys.stderr)
-        self._exit_now(self._stop[0] if self._stop else 1)
+        end(self._stop[0] if self._stop else 1)  # the main thread may be stuck in a collective
 
     def _exchange(self):
-        """One look into the store, in both directions."""
+        """Tell the others through the store what happened here, and hear what happened there."""
         if self._stop is not None and not self._told:
             self.store.set(_STOP, f"{self._stop[0]} {self._stop[1]} (rank {self.rank})")
             self._told = True
@@ -308,7 +307,7 @@ class Supervisor:
             if pieces != self._pieces:
                 self._pieces, self._beat = pieces, time.monotonic()
         if self.rank > 0 and self.store.check([_LEFT]):
-            self._exit_now(int(self.store.get(_LEFT).decode()))
+            end(int(self.store.get(_LEFT)))
         if self.store.check([_HANG]) and not self.store.check([f"{_HANG}/{self.rank}"]):
             self._show_stacks(f"rank {self.rank}: stacks, because another rank hangs")
             self.store.set(f"{_HANG}/{self.rank}", "")
@@ -323,7 +322,7 @@ class Supervisor:
             asking = threading.Thread(target=self._ask_for_stacks, daemon=True)
             asking.start()
             asking.join(2 * _GRACE)
-        self._exit_now(1)
+        end(1)
 
     def _ask_for_stacks(self):
         """Give every rank the time to show its stacks too; name those that do not answer."""
@@ -343,14 +342,22 @@ class Supervisor:
     def _show_stacks(self, why: str):
         print(f"\n{why}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
-            faulthandler.dump_traceback(sys.stderr.fileno(), all_threads=True)
-
-    def _exit_now(self, code: int):
-        end(code)  # the main thread may be inside a collective that never returns
+            faulthandler.dump_traceback()
 
 
-def _alive(pid: int) -> bool:
-    """Whether a process of this id runs; one that has ended and waits for its parent does not."""
+def _where_ids_mean_the_same() -> str:
+    """Return a word for this machine, or this container. Its name would not do: machines made from
+    one image may all have the same."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return os.uname().nodename
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this id runs here; one that has ended, and only waits for its
+    parent, does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -361,7 +368,7 @@ def _alive(pid: int) -> bool:
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process, in a word; "running" where it cannot be asked."""
+    """Return the kernel's word for a process; "running" where it cannot be asked."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             letter = file.read().rsplit(")", 1)[1].split()[0]

@@ -13,10 +13,8 @@ import json
 import os
 import re
 import sys
-import time
 
 from tokens.sources import (
-    BOMS,
     DAMAGE,
     HEAD,
     TOO_LONG,
@@ -33,12 +31,16 @@ MAX_RECORD = 256 << 20  # characters of one record of a JSON array, or of one fi
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on the hub; where a connection breaks, it is opened again and read on."""
+    """A file on the hub. `huggingface_hub` asks five times where a connection breaks."""
 
-    WAITS = (0, 0.2, 1, 5, 15, 30, 60)  # seconds before each attempt
+    def __init__(self, url: str):
+        import fsspec
 
-    def __init__(self, url: str, size: int):
-        self.url, self.size, self.position, self.file = url, size, 0, None
+        filesystem, path = fsspec.url_to_fs(url)
+        self.url = url
+        # no read-ahead: it would fetch the other columns
+        self.file = filesystem.open(path, "rb", cache_type="none")
+        self.seek, self.tell = self.file.seek, self.file.tell
 
     def readable(self) -> bool:
         return True
@@ -46,39 +48,18 @@ class RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = offset + (0, self.position, self.size)[whence]
-        return self.position
-
     def readinto(self, buffer) -> int:
-        import fsspec
-
-        wanted, done = max(0, min(len(buffer), self.size - self.position)), 0
-        for wait_s in self.WAITS:
-            time.sleep(wait_s)
-            try:
-                while done < wanted:
-                    if self.file is None:  # no read-ahead: it would fetch the other columns
-                        filesystem, path = fsspec.url_to_fs(self.url)
-                        self.file = filesystem.open(path, "rb", cache_type="none")
-                    self.file.seek(self.position)
-                    data = self.file.read(wanted - done)
-                    if not data:
-                        raise EOFError("the answer ended early")
-                    buffer[done : done + len(data)] = data
-                    done += len(data)
-                    self.position += len(data)
-                return done
-            except Exception as e:  # httpx, fsspec and the hub's client share no ancestor
-                problem, self.file = f"{type(e).__name__}: {e}", None
-        raise ValueError(f"{self.url} cannot be read ({problem}); the same command goes on later")
+        try:
+            data = self.file.read(len(buffer))
+        except Exception as e:  # httpx, fsspec and the hub's client share no ancestor
+            problem = f"{type(e).__name__}: {e}; the same command goes on later"
+            raise ValueError(f"{self.url} cannot be read ({problem})") from None
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def open_raw(file: SourceFile):
-    return RemoteFile(file.path, file.size) if "://" in file.path else open(file.path, "rb")
+    return RemoteFile(file.path) if "://" in file.path else open(file.path, "rb")
 
 
 def open_pipe(file: SourceFile, args) -> io.BufferedReader:
@@ -132,7 +113,7 @@ class Content:
             self.raw = io.BufferedReader(self.raw, 1 << 20)
 
     def position(self) -> int:
-        """Bytes of the file that have been read."""
+        """Return how many bytes of the file have been read."""
         if self.raw.closed:  # by Arrow, at the end
             return self.file.size
         if self.file.pipe:
@@ -142,15 +123,14 @@ class Content:
         return min(self.raw.tell(), self.file.size or sys.maxsize)
 
     def lost(self) -> int:
-        """Bytes of the file that are not read, or that nothing is known of."""
+        """Return how many bytes of the file are not read, or nothing is known of."""
         if not self.exact:
             return self.file.size or self.given
         rest = self.rest * self.position() // max(1, self.given)
         return max(1, self.file.size - self.position() + rest)
 
     def __iter__(self):
-        chunks = without_mark(self.unpacked())
-        return self.decoded(chunks) if self.file.encoding else chunks
+        return self.decoded(self.unpacked()) if self.file.encoding else self.unpacked()
 
     def unpacked(self):
         try:
@@ -180,7 +160,7 @@ class Content:
         return bytes(rest)
 
     def decoded(self, chunks):
-        """From another encoding to UTF-8. What it does not know becomes a byte that is no UTF-8,
+        """Turn another encoding into UTF-8. What it does not know becomes a byte that is no UTF-8,
         which is counted later; UTF-16 and UTF-32 end there."""
         encoding = self.file.encoding
         errors = "strict" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
@@ -195,23 +175,16 @@ class Content:
                 return
 
 
-def without_mark(chunks):
-    """The chunks without a byte order mark at their beginning."""
-    head = b""
-    for chunk in chunks:
-        head += chunk
-        if len(head) >= 4:
-            break
-    marks = [mark for mark in BOMS if head.startswith(mark)]
-    yield head.removeprefix(marks[0]) if marks else head
-    yield from chunks
-
-
 # --- Records --------------------------------------------------------------------------------------
 
 
-def json_records(content: Content):
-    """The records of JSON arrays, or of JSON values that are spread over lines."""
+def value_of(record, key: str):
+    """Return the text of a record; a tuple, the names of its fields, if it has none."""
+    return record.get(key, tuple(record)) if isinstance(record, dict) else None
+
+
+def json_records(content: Content, key: str):
+    """Yield the texts of JSON arrays, or of JSON values that are spread over lines."""
     decode, scan = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode, JSON.raw_decode
     chunks, text, at, inside = iter(content), "", 0, False
     while True:
@@ -225,7 +198,7 @@ def json_records(content: Content):
             value, end = scan(text, at)
             if end == len(text) and not isinstance(value, dict | list | str):
                 raise ValueError("a number may go on")
-            yield value
+            yield value_of(value, key)
             at = end
             continue
         except RecursionError as e:
@@ -251,12 +224,12 @@ BETWEEN_RECORDS = re.compile(r"[\s,\ufeff]*")
 
 
 def may_go_on(error: json.JSONDecodeError, text: str) -> bool:
-    """Can a record that is no JSON become JSON with more text behind it?"""
+    """Say if a record that is no JSON can become JSON with more text behind it."""
     return error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
 
 
 def csv_records(content: Content, key: str):
-    """The texts of a column of CSV or TSV with a header."""
+    """Yield the texts of a column of CSV or TSV with a header."""
     csv.field_size_limit(MAX_RECORD)
     raw = io.BufferedReader(Chunks(iter(content)))
     lines = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="")
@@ -267,7 +240,7 @@ def csv_records(content: Content, key: str):
             kept.append(line)
             yield line
 
-    header = next(lines, "")
+    header = next(lines, "").removeprefix("\ufeff")
     separators = [s for s in "\t,;|" if key in next(csv.reader([header], delimiter=s), ())]
     if not header:
         return
@@ -300,7 +273,7 @@ def quote_is_open(lines: list[str], separator: str) -> bool:
 
 
 def dataset_records(file: SourceFile, key: str, skip: int):
-    """The texts of whatever else `datasets` can read, and of what it saved."""
+    """Yield the texts of whatever else `datasets` can read, and of what it saved."""
     import datasets
 
     if file.load.get("saved"):
@@ -319,14 +292,14 @@ def dataset_records(file: SourceFile, key: str, skip: int):
 
 
 @functools.lru_cache(maxsize=1)
-def open_parquet(path: str, size: int, key: str):
-    """A ParquetFile with the column `key`; ValueError if it is damaged or has no such column."""
+def open_parquet(path: str, key: str):
+    """Open a Parquet file; raise ValueError if it is damaged or has no column `key`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if "://" in path:  # a column of a row group in one request
-            parquet = pq.ParquetFile(RemoteFile(path, size), pre_buffer=True)
+            parquet = pq.ParquetFile(RemoteFile(path), pre_buffer=True)
         else:  # page by page, however large a row group is
             named = path.isascii() or os.fsencode(path).decode(errors="replace") == path
             source = path if named else open(path, "rb")  # noqa: SIM115  pyarrow wants UTF-8
@@ -339,11 +312,21 @@ def open_parquet(path: str, size: int, key: str):
 
 
 def row_batches(parquet, file: SourceFile, rows: int, group: int, key: str):
-    """Record batches of up to `rows` of the text column; never the whole row group in memory."""
+    """Yield lists of up to `rows` texts of a row group, which is never in memory as a whole.
+
+    Parquet does not promise that strings are UTF-8: where they are not, they come as bytes.
+    """
     import pyarrow as pa
 
     try:
-        yield from parquet.iter_batches(rows, [group], [key], use_threads=False)
+        for batch in parquet.iter_batches(rows, [group], [key], use_threads=False):
+            column = batch.column(0)
+            try:
+                yield column.to_pylist()
+            except UnicodeDecodeError:
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                yield column.cast(pa.large_binary()).to_pylist()
     except (OSError, pa.ArrowException) as e:
         where = f"{file.path}: row group {group} is damaged"
         raise ValueError(f"{where} ({e}): fetch the file again and remove --out") from None

@@ -1,11 +1,9 @@
 """The documents of a corpus: its files read, decoded and cut into units of work.
 
-A unit is a list of spans with about 2 MiB of text together. Workers read the spans of files that
-can be entered in the middle (lines, plain text, Parquet's row groups). What must be read from its
-beginning (compressed files, pipes, other encodings than UTF-8, JSON arrays, CSV, large row
-groups) is read by the process that hands out units, and its spans carry the content. The units of a
-source are the same every time, and from the end of any of them on, so that a preparation can go on
-after a crash.
+A unit is a list of spans with about 2 MiB of text together. Parquet's row groups, which take long
+to unpack, are read by the workers; everything else by the process that hands out units, at some
+hundred megabytes a second. The units of a source are the same every time, and from the end of any
+of them on, so that a preparation can go on after a crash.
 
 Sections: cutting, units of work, documents.
 """
@@ -27,8 +25,8 @@ from tokens.content import (
     json_records,
     open_parquet,
     open_pipe,
-    open_raw,
     row_batches,
+    value_of,
 )
 from tokens.sources import SourceFile
 
@@ -42,8 +40,8 @@ BACK = 64  # bytes of context that the search for a cut may look back
 
 
 def cutter(file: SourceFile, separator: str):
-    """The function cut(data, least): the first place at or after `least` where `data` may be cut
-    between documents, or between tokens of one; -1 if there is none."""
+    """Return the function cut(data, least): the first place at or after `least` where `data` may be
+    cut between documents, or between tokens of one; -1 if there is none."""
     if file.kind == "jsonl":
         separator = "\n"
     return functools.partial(cut_after, separator=separator) if separator else cut_before_space
@@ -51,7 +49,7 @@ def cutter(file: SourceFile, separator: str):
 
 @functools.cache
 def separator_pattern(separator: str, at_cut: bool = False) -> re.Pattern[bytes]:
-    """A separator in bytes; its line ends may be those of Windows.
+    """Return a separator as bytes to be found; its line ends may be those of Windows.
 
     at_cut: not inside of a run of its characters, where pairs depend on the beginning of the run.
     """
@@ -64,7 +62,7 @@ def separator_pattern(separator: str, at_cut: bool = False) -> re.Pattern[bytes]
 
 
 def overlaps(separator: str) -> bool:
-    """Does a separator end as it begins? Then where it stands depends on what was read before."""
+    """Say if a separator ends as it begins: then where it stands depends on what was before."""
     return any(separator[:i] == separator[-i:] for i in range(1, len(separator)))
 
 
@@ -85,8 +83,8 @@ BEFORE_SPACE = re.compile(
 
 
 def cut_before_space(data, least: int) -> int:
-    """GPT-2's pattern has no piece in which white space follows something else, and never looks
-    back: before such a space a piece always begins, so the tokens on both sides stay the same."""
+    """Find a place before white space. GPT-2's pattern has no piece in which white space follows
+    something else, and never looks back: a piece always begins there, the tokens stay the same."""
     for match in BEFORE_SPACE.finditer(data, max(0, least - 4)):
         if match.end() >= least:
             return match.end()
@@ -94,7 +92,7 @@ def cut_before_space(data, least: int) -> int:
 
 
 def cut_stream(chunks, cut):
-    """Blocks of at least UNIT bytes; where they end depends on the content alone."""
+    """Yield blocks of at least UNIT bytes; where they end depends on the content alone."""
     buffer, search = bytearray(), UNIT
     for chunk in chunks:
         buffer += chunk
@@ -110,38 +108,17 @@ def cut_stream(chunks, cut):
         yield bytes(buffer)
 
 
-def read_range(raw, start: int, stop: int, cut) -> bytes:
-    """The bytes from the first cut at or after `start` to the first at or after `stop`."""
-    origin = max(0, start - BACK)
-    raw.seek(origin)
-    data = bytearray(raw.read(stop - origin))
-    begin = cut(data, start - origin) if start else 0
-    if begin < 0:
-        return b""  # inside of a long document, which belongs to the range where it begins
-    search = stop - origin
-    while (end := cut(data, search)) < 0:
-        search = max(search, len(data) - BACK)
-        more = raw.read(UNIT // 4)
-        if not more:
-            end = len(data)
-            break
-        data += more
-    return bytes(data[begin:end])
-
-
 # --- Units of work --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Span:
-    """A stretch of one file: where to read it or, where only the main process can, what it read."""
+    """A stretch of one file: the row group to read, or what was read."""
 
     file: SourceFile
     next: tuple[int, int]  # where the following span begins: (index of the file, place in it)
     text_bytes: int  # estimated: decides how many spans make a unit
     weight: int  # bytes of the file: measures progress
-    start: int = 0  # bytes, of the file
-    stop: int = 0
     row_group: int | None = None
     data: bytes | list | None = None
     first: bool = False  # of its file
@@ -151,7 +128,7 @@ class Span:
 
 
 def find_units(files: list[SourceFile], args, place: tuple[int, int], digest: str):
-    """The corpus as lists of spans: the same at every start, and from the end of every unit on.
+    """Yield the corpus as lists of spans: the same at every start, and from every unit's end on.
 
     args: text_key, separator, format, encoding. place: (index of the file, place in it) where to
     begin. digest: of what a pipe gave until there.
@@ -170,105 +147,94 @@ def find_units(files: list[SourceFile], args, place: tuple[int, int], digest: st
             unit, size = [], 0
 
 
-def find_spans(index: int, file: SourceFile, args, place: int, digest: str):
+def find_spans(index: int, file: SourceFile, args, done: int, digest: str):
+    """Yield the spans of a file. done: bytes of its text, or records, that are behind us."""
     key = args.text_key
     raw = open_pipe(file, args) if file.pipe else None
     if file.kind == "parquet":
-        return parquet_spans(index, file, key, place)
-    if file.kind == "datasets":
-        return record_spans(index, file, dataset_records(file, key, place), place, done=place)
-    if file.kind == "json":
-        content = Content(file, raw)
-        values = (value_of(record, key) for record in json_records(content))
-        return record_spans(index, file, values, place, content)
-    if file.kind == "csv":
-        content = Content(file, raw)
-        return record_spans(index, file, csv_records(content, key), place, content)
-    entered = not file.compression and not file.encoding and not overlaps(args.separator)
-    if not entered or file.pipe or "://" in file.path:
-        return stream_spans(index, file, Content(file, raw), args.separator, place, digest)
-    return range_spans(index, file, place)
+        yield from parquet_spans(index, file, key, done)
+        return
+    content = None if file.kind == "datasets" else Content(file, raw)
+    if file.kind in ("jsonl", "text"):
+        chunks, sha256 = skip(content, done, digest)
+        blocks = text_blocks(chunks, cutter(file, args.separator), done, sha256 if raw else None)
+    elif file.kind == "datasets":
+        blocks = record_blocks(dataset_records(file, key, done), done)
+    else:
+        values = json_records(content, key) if file.kind == "json" else csv_records(content, key)
+        for _ in itertools.islice(values, done):
+            pass
+        blocks = record_blocks(values, done)
+    before = content.position() if content else 0
+    for data, size, place, digest in blocks:
+        weight = content.position() - before if content else 0
+        span = Span(file, (index, place), size, weight, data=data, first=not done, digest=digest)
+        before, done = before + weight, place
+        yield span
+    if content and (content.damage or not done):  # an empty file is an empty document
+        end = Span(file, (index + 1, 0), 0, content.position() - before, data=b"", first=not done)
+        end.damage, end.lost = content.damage, content.lost() if content.damage else 0
+        yield end
 
 
-def check_columns(file: SourceFile, key: str) -> None:
-    """ValueError if a file is damaged at its end or has no column `key`, without reading it all."""
-    if file.kind == "parquet" and "://" not in file.path:
-        open_parquet(file.path, file.size, key)
-    elif file.kind == "csv" and not file.pipe:
-        next(csv_records(Content(file), key), None)
+def skip(content: Content, done: int, digest: str):
+    """Go behind the first bytes of a text; return the chunks from there, and the SHA-256 so far.
 
-
-def range_spans(index: int, file: SourceFile, place: int):
-    """Plain lines and plain text, which a worker can enter anywhere. place: in bytes."""
-    for start in range(place, max(1, file.size), UNIT):
-        stop = min(start + UNIT, file.size)
-        size = stop - start
-        yield Span(file, (index, start + UNIT), size, size, start, stop, first=not start)
-
-
-def stream_spans(
-    index: int, file: SourceFile, content: Content, separator: str, place: int, digest: str
-):
-    """Lines and plain text read here, in blocks. place: blocks done."""
-    sha256, before, blocks = hashlib.sha256(), 0, 0
-    for data in itertools.chain(cut_stream(content, cutter(file, separator)), [b""]):
-        if not data and blocks and not content.damage:
-            break  # a last, empty block stands for an empty file or tells of the damage
-        blocks += 1
-        if file.pipe:
-            sha256.update(data)
-            after = before + len(data)
-        else:
-            after = content.position()
-        if blocks == place and digest not in ("", sha256.hexdigest()):
-            raise ValueError(
-                "standard input is not what this preparation was begun with: give it the same "
-                "input again, or another --out"
-            )
-        if blocks > place:
-            span = Span(file, (index, blocks), len(data), after - before, data=data)
-            span.first = blocks == 1
-            span.digest = sha256.hexdigest() if file.pipe else ""
-            if not data and content.damage:
-                span.damage, span.lost = content.damage, content.lost()
-            yield span
-        before = after
-    if blocks < place:
+    Raise ValueError if these are not the bytes with this `digest`.
+    """
+    chunks, sha256 = iter(content), hashlib.sha256()
+    if not (content.file.pipe or content.file.compression or content.file.encoding):
+        content.raw.seek(done)
+        return chunks, sha256
+    chunk = b""
+    while done and (chunk := next(chunks, b"")):
+        if content.file.pipe:
+            sha256.update(chunk[:done])
+        chunk, done = chunk[done:], max(0, done - len(chunk))
+    if done:
         raise ValueError("standard input ends before the place that was reached the last time")
+    if digest not in ("", sha256.hexdigest()):
+        raise ValueError(
+            "standard input is not what this preparation was begun with: give it the same input "
+            "again, or another --out"
+        )
+    return itertools.chain([chunk], chunks), sha256
 
 
-def record_spans(
-    index: int, file: SourceFile, values, place: int, content: Content | None = None, done: int = 0
-):
-    """Documents that come one by one, read here. place: documents done at the last start; done:
-    those that `values` leaves out."""
-    texts, size, before = [], 0, 0
-    for value in itertools.chain(values, [END]):
-        if value is not END:
-            done += 1
-            if done <= place:
-                continue
-            texts.append(value)
-            size += len(value) if isinstance(value, str) else 1
-        if size >= UNIT or (value is END and (texts or (content and content.damage))):
-            after = content.position() if content else 0
-            span = Span(file, (index, done), size, after - before, data=texts)
-            if value is END and content and content.damage:
-                span.damage, span.lost = content.damage, content.lost()
-            yield span
-            texts, size, before = [], 0, after
+def text_blocks(chunks, cut, done: int, sha256):
+    """Yield (bytes, their number, bytes done, SHA-256 until there) of lines or plain text.
+
+    sha256: of what is behind us, for what comes out of a pipe.
+    """
+    for data in cut_stream(chunks, cut):
+        text = data if done else data.removeprefix(codecs.BOM_UTF8)
+        done += len(data)
+        if sha256:
+            sha256.update(data)
+        yield text, len(data), done, sha256.hexdigest() if sha256 else ""
 
 
-END = object()
+def record_blocks(values, done: int):
+    """Yield (documents, their size, documents done, "") of documents that come one by one."""
+    texts, size = [], 0
+    for value in values:
+        texts.append(value)
+        size += len(value) if isinstance(value, str) else 1
+        if size >= UNIT:
+            done += len(texts)
+            yield texts, size, done, ""
+            texts, size = [], 0
+    if texts:
+        yield texts, size, done + len(texts), ""
 
 
-def parquet_spans(index: int, file: SourceFile, key: str, place: int):
-    """Row groups; large ones are read here, in pieces. place: rows done."""
-    parquet, row = open_parquet(file.path, file.size, key), 0
+def parquet_spans(index: int, file: SourceFile, key: str, done: int):
+    """Yield row groups; the rows of large ones are read here, some at a time. done: in rows."""
+    parquet, row = open_parquet(file.path, key), 0
     for group in range(parquet.metadata.num_row_groups):
         info = parquet.metadata.row_group(group)
-        row += info.num_rows
-        if row <= place or not info.num_rows:
+        begin, row = row, row + info.num_rows
+        if row <= max(begin, done):
             continue
         columns = map(info.column, range(info.num_columns))
         size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == key)
@@ -276,22 +242,20 @@ def parquet_spans(index: int, file: SourceFile, key: str, place: int):
         if size <= MAX_ROW_GROUP:
             yield Span(file, (index, row), size, weight, row_group=group)
             continue
-        done, rows = row - info.num_rows, max(1, info.num_rows * UNIT // size)
-        for batch in row_batches(parquet, file, rows, group, key):
-            done += batch.num_rows
-            if done > place:
-                share = weight * batch.num_rows // info.num_rows
-                yield Span(file, (index, done), batch.nbytes, share, data=packed(batch))
+        for texts in row_batches(parquet, file, max(1, info.num_rows * UNIT // size), group, key):
+            begin += len(texts)
+            share = len(texts) / info.num_rows
+            if begin > done:
+                place = (index, begin)
+                yield Span(file, place, int(size * share), int(weight * share), data=texts)
 
 
-def packed(batch) -> bytes:
-    """A record batch as bytes that a worker can read."""
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+def check_columns(file: SourceFile, key: str) -> None:
+    """Raise ValueError if a file has a damaged end or no column `key`; without reading it all."""
+    if file.kind == "parquet" and "://" not in file.path:
+        open_parquet(file.path, key)
+    elif file.kind == "csv" and not file.pipe:
+        next(csv_records(Content(file), key), None)
 
 
 # --- Documents ------------------------------------------------------------------------------------
@@ -323,55 +287,34 @@ class Tally(Counter):
 
 
 def read_span(span: Span, options: dict, counts: Tally):
-    """Lists of documents, or for plain text without a separator one string: a piece of a document,
-    which begins with this span if `span.first`. Everything odd is counted."""
-    file, key, separator = span.file, options["text_key"], options["separator"]
-    if file.kind == "parquet":
-        for batch in span_batches(span, key):
-            yield arrow_texts(batch.column(0), counts)
-        return
-    if isinstance(span.data, list):
-        yield checked(map(with_bad_bytes, span.data), counts)
-        return
-    data = span.data
-    if data is None:
-        with open_raw(file) as raw:
-            data = read_range(raw, span.start, span.stop, cutter(file, separator))
-        data = data.removeprefix(codecs.BOM_UTF8) if span.first else data
-    if file.kind == "jsonl":
+    """Yield lists of documents, or for plain text without a separator one string: a piece of a
+    document, which begins with this span if `span.first`. Everything odd is counted."""
+    file, data, key = span.file, span.data, options["text_key"]
+    if span.row_group is not None:
+        parquet = open_parquet(file.path, key)
+        for values in row_batches(parquet, file, 4096, span.row_group, key):
+            yield checked(values, counts)
+    elif isinstance(data, list):
+        yield checked(map(with_bad_bytes, data), counts)
+    elif file.kind == "jsonl":
         yield json_texts(data, key, counts)
-        return
-    if separator:
-        texts = checked(split_parts(data, separator, counts), counts)
-        yield texts
-    else:
-        counts["empty"] += span.first and not data
-        counts["huge"] += span.first and max(file.size, len(data)) > HUGE
-        counts["with_nul"] += b"\0" in data
-        text = decode(data, counts)
-        counts["characters"] += len(text)
-        counts["cr_lines"] += "\r" in text and "\n" not in text
-        texts = [text]
-        yield text
-    counts["eot_text"] += sum(text.count("<|endoftext|>") for text in texts)
-
-
-def span_batches(span: Span, key: str):
-    if span.data is None:
-        parquet = open_parquet(span.file.path, span.file.size, key)
-        return row_batches(parquet, span.file, 4096, span.row_group, key)
-    import pyarrow as pa
-
-    return pa.ipc.open_stream(span.data)
-
-
-def value_of(record, key: str):
-    """The text of a record; a tuple, the names of its fields, if it has none."""
-    return record.get(key, tuple(record)) if isinstance(record, dict) else None
+    elif file.kind == "text":
+        if options["separator"]:
+            texts = yielded = checked(split_parts(data, options["separator"], counts), counts)
+        else:
+            counts["empty"] += span.first and not data
+            counts["huge"] += span.first and max(file.size, len(data)) > HUGE
+            counts["with_nul"] += b"\0" in data
+            yielded = decode(data, counts)
+            texts = [yielded]
+            counts["characters"] += len(yielded)
+            counts["cr_lines"] += "\r" in yielded and "\n" not in yielded
+        counts["eot_text"] += sum(text.count("<|endoftext|>") for text in texts)
+        yield yielded
 
 
 def with_bad_bytes(text):
-    """Bytes instead of a string in which bytes that are no UTF-8 stand as lone surrogates."""
+    """Return bytes for a string in which bytes that are no UTF-8 stand as lone surrogates."""
     if isinstance(text, str) and not text.isascii():
         try:
             text.encode()
@@ -382,7 +325,7 @@ def with_bad_bytes(text):
 
 
 def checked(values, counts: Tally) -> list[str]:
-    """The texts among `values` (strings or bytes), everything odd counted."""
+    """Return the texts among `values` (strings or bytes), and count everything odd."""
     texts = []
     for text in values:
         if isinstance(text, bytes):
@@ -394,12 +337,9 @@ def checked(values, counts: Tally) -> list[str]:
             continue
         texts.append(text)
         counts["characters"] += len(text)
-        if not text:
-            counts["empty"] += 1
-        if "\0" in text:
-            counts["with_nul"] += 1
-        if len(text) > HUGE:
-            counts["huge"] += 1
+        counts["empty"] += not text
+        counts["with_nul"] += "\0" in text
+        counts["huge"] += len(text) > HUGE
     return texts
 
 
@@ -414,7 +354,7 @@ def decode(data: bytes, counts: Tally) -> str:
 
 
 def split_parts(data: bytes, separator: str, counts: Tally) -> list[str]:
-    """The parts of `data` between separators, without the blank ones."""
+    """Return the parts of `data` between separators, without the blank ones."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -432,7 +372,7 @@ def split_parts(data: bytes, separator: str, counts: Tally) -> list[str]:
 
 
 def json_texts(data: bytes, key: str, counts: Tally) -> list[str]:
-    """The texts of a block of JSON lines."""
+    """Return the texts of a block of JSON lines."""
     values = []
     for line in split_parts(data, "\n", counts):
         try:
@@ -444,17 +384,4 @@ def json_texts(data: bytes, key: str, counts: Tally) -> list[str]:
                 counts["broken_json"] += 1
                 continue
         values.append(value_of(record, key))
-    return checked(values, counts)
-
-
-def arrow_texts(column, counts: Tally) -> list[str]:
-    """The texts of a column of Parquet, which does not promise that strings are UTF-8."""
-    import pyarrow as pa
-
-    try:
-        values = column.to_pylist()
-    except UnicodeDecodeError:
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        values = column.cast(pa.large_binary()).to_pylist()
     return checked(values, counts)

@@ -9,8 +9,6 @@ import tiktoken
 
 from tokens.tokenizer import EOT, get_tokenizer
 
-# --- Tokens ---------------------------------------------------------------------------------------
-
 EOT_TEXT = "<|endoftext|>"
 NO_TOKENS = np.empty(0, np.uint16)
 BATCH = 1 << 15  # characters of text that are encoded in one call, about
@@ -32,7 +30,7 @@ PLACE_TO_CUT = re.compile(r"(?<=\S)[ \n]")
 
 @functools.cache
 def encoders() -> tuple[tiktoken.Encoding, tiktoken.Encoding]:
-    """GPT-2's encoding, and a faster one for texts for which `is_simple` holds."""
+    """Return GPT-2's encoding, and a faster one for texts for which `is_simple` holds."""
     exact = get_tokenizer()
     fast = tiktoken.Encoding(
         "gpt2 for simple texts",
@@ -44,8 +42,10 @@ def encoders() -> tuple[tiktoken.Encoding, tiktoken.Encoding]:
 
 
 def is_simple(text: str) -> bool:
-    """No more than two white spaces in a row, and not two at the end. (No more than 10% of the time
-    of the encoding.) UnicodeEncodeError: lone surrogates."""
+    """Say if there are no more than two white spaces in a row, and not two at the end.
+
+    Takes a tenth of the encoding's time. Raise UnicodeEncodeError for lone surrogates.
+    """
     if b"\1\1\1" in text.encode().translate(ASCII_SPACE):
         return False
     if len(text) > 1 and text[-2:].isspace():
@@ -56,7 +56,7 @@ def is_simple(text: str) -> bool:
 
 
 def encode_documents(texts: list[str], counts: Counter) -> np.ndarray:
-    """`<|endoftext|>` + encode_ordinary(text) of each document in turn: one array of uint16."""
+    """Return `<|endoftext|>` + encode_ordinary(text) of each document in turn, as uint16."""
     counts["documents"] += len(texts)
     try:
         return _encode_documents(texts)
@@ -68,7 +68,7 @@ def encode_documents(texts: list[str], counts: Counter) -> np.ndarray:
 
 
 def _encode_documents(texts: list[str]) -> np.ndarray:
-    """Short documents are joined by the special token and encoded in one call, which saves the cost
+    """Join short documents by the special token and encode them in one call, which saves the cost
     of a call for each. No `<|endoftext|>` can arise between a document and a separator, since that
     string does not overlap itself; a document that contains it is encoded alone, with no special
     token allowed.
@@ -95,7 +95,7 @@ def _encode_batch(texts: list[str]) -> np.ndarray:
 
 
 def encode_text(text: str) -> np.ndarray:
-    """encode_ordinary(text) as uint16, in bounded memory and time whatever the text looks like."""
+    """Return encode_ordinary(text) as uint16, in bounded memory and time whatever the text is."""
     arrays, begin = [], 0
     # A piece of GPT-2's pattern always begins before a space that follows something else, and the
     # pattern never looks back: cutting there changes no token.
@@ -107,7 +107,9 @@ def encode_text(text: str) -> np.ndarray:
 
 
 def _encode_piece(text: str) -> np.ndarray:
-    """tiktoken takes 47 bytes of memory per byte of a "word" of megabytes (2.3 GB for 50 MB of "a")
+    """Encode a text that has no place to cut, however long.
+
+    tiktoken takes 47 bytes of memory per byte of a "word" of megabytes (2.3 GB for 50 MB of "a")
     and fails on a million spaces before a letter (its regular expression runs out of stack). So
     runs of letters, digits, spaces or signs longer than LONG_RUN are encoded in windows. Still
     exact: a sequence of tokens is the encoding of its bytes if and only if each pair of neighbours
@@ -136,7 +138,7 @@ def _encode_ordinary(text: str) -> np.ndarray:
 
 
 def _window_ends(text: str):
-    """Places well inside of long runs of one kind of character (the classes of GPT-2's pattern)."""
+    """Yield places well inside of long runs of one kind of character (of GPT-2's pattern)."""
     import regex  # comes with tiktoken; the standard library's re does not know \p{L}
 
     kind = regex.compile(r"\p{L}++|\p{N}++|\p{White_Space}++|[^\p{White_Space}\p{L}\p{N}]++")
@@ -149,9 +151,9 @@ def _window_ends(text: str):
 
 
 def _seam(tokens: np.ndarray) -> tuple[int, int]:
-    """A token near the end that begins with a character: (its index, characters from there on).
+    """Find a token near the end that begins with a character: (its index, characters from there).
 
-    (0, 0) if there is none: all of the last tokens begin inside of a character.
+    Return (0, 0) if there is none: all of the last tokens begin inside of a character.
     """
     last = get_tokenizer().decode_tokens_bytes(tokens[-SEAM:].tolist())
     for i, token in enumerate(last):

@@ -3,13 +3,13 @@
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from tokens.stream import WindowSource
 
-# --- The loader -----------------------------------------------------------------------------------
+AHEAD = 2  # batches that wait to be taken
 
 
 class StepLoader:
@@ -29,32 +29,30 @@ class StepLoader:
         world_size: int,
         device,
         position: int = 0,
-        depth: int = 2,
     ):
         import torch
 
-        self.source, self.rank, self.world_size, self.depth = source, rank, world_size, depth
+        self.source, self.rank, self.world_size = source, rank, world_size
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        if windows_per_step % world_size:
+            raise ValueError(
+                f"{windows_per_step} windows in a step cannot be shared by {world_size} "
+                f"processes: make it a multiple of {world_size}"
+            )
         self.windows_per_step = windows_per_step
         self._stop = lambda: None
         self.seek(position)
 
-    def seek(self, position: int, windows_per_step: int | None = None) -> None:
-        """Go on at another position, or with another number of windows in a step."""
-        windows_per_step = windows_per_step or self.windows_per_step
-        if windows_per_step % self.world_size:
-            raise ValueError(
-                f"{windows_per_step} windows in a step cannot be shared by {self.world_size} "
-                f"processes: make it a multiple of {self.world_size}"
-            )
+    def seek(self, position: int) -> None:
+        """Go on at another position."""
         self.close()
-        self.position, self.windows_per_step, self._error = position, windows_per_step, None
-        self._ready: queue.Queue = queue.Queue(self.depth)
+        self.position, self._error = position, None
+        self._ready: queue.Queue = queue.Queue(AHEAD)
         stopped = threading.Event()
-        share = windows_per_step // self.world_size
-        arguments = (self.source, position + self.rank * share, share, windows_per_step)
+        share = self.windows_per_step // self.world_size
+        arguments = (self.source, position + self.rank * share, share, self.windows_per_step)
         # The thread knows nothing of this object, which may thus be forgotten without close().
         thread = threading.Thread(
             target=_read_ahead,
@@ -66,8 +64,8 @@ class StepLoader:
         thread.start()
 
     def next_batch(self, poll: Callable[[], None] | None = None):
-        """The next batch. While there is none yet, poll() is called five times a second; it may
-        raise. What went wrong in the thread is raised here."""
+        """Return the next batch. While there is none yet, poll() is called five times a second; it
+        may raise. What went wrong in the thread is raised here."""
         if self._error is not None:
             raise self._error
         while True:
@@ -91,11 +89,6 @@ class StepLoader:
             batch.record_stream(current)
         return batch if batch.device == self.device else batch.to(self.device)
 
-    __next__ = next_batch
-
-    def __iter__(self) -> Iterator:
-        return self
-
     def close(self) -> None:
         """End the thread."""
         self._stop()
@@ -103,7 +96,7 @@ class StepLoader:
 
 
 def _read_ahead(source, first, share, stride, device, ready, stopped) -> None:
-    """The loader's thread: puts (tensor, event or None) or (exception, None) into `ready`."""
+    """Put (tensor, event or None), one after the other, or (exception, None) into `ready`."""
     import torch
 
     try:

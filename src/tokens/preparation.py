@@ -67,7 +67,7 @@ class Part:
 
 
 def start_worker(parent: int) -> None:
-    """In each worker process. Ctrl-C is the parent's business; when it is killed, leave at once."""
+    """Begin a worker process. Ctrl-C is its parent's business; when that is killed, leave."""
     encoders()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -82,7 +82,7 @@ def start_worker(parent: int) -> None:
 
 
 def tokenize_unit(spans: list[Span], options: dict) -> tuple[np.ndarray, Part]:
-    """The tokens of a unit, and what is to be known of it."""
+    """Return the tokens of a unit, and what is to be known of it."""
     counts = Tally()
     arrays = [array for span in spans for array in span_tokens(span, options, counts)]
     tokens = np.concatenate(arrays) if arrays else NO_TOKENS
@@ -100,7 +100,7 @@ def tokenize_unit(spans: list[Span], options: dict) -> tuple[np.ndarray, Part]:
 
 
 def span_tokens(span: Span, options: dict, counts: Tally):
-    """The tokens of a span, in arrays of uint16."""
+    """Yield the tokens of a span, in arrays of uint16."""
     for content in corpus.read_span(span, options, counts):
         if isinstance(content, list):
             yield encode_documents(content, counts)
@@ -112,7 +112,7 @@ def span_tokens(span: Span, options: dict, counts: Tally):
 
 
 def tokenize_all(units, options: dict, workers: int, local: bool):
-    """The units' tokens in order, made by `workers` processes."""
+    """Yield the units' tokens in order, made by `workers` processes."""
     encoders()  # before the workers are forked, which then have them
     # Forked workers start at once, but must not inherit network connections.
     context = multiprocessing.get_context("fork" if local and sys.platform == "linux" else "spawn")
@@ -141,7 +141,7 @@ class Unusable(ValueError):
 
 
 def odd_documents(place: Part, keys=tuple(corpus.COUNTS)) -> list[str]:
-    """What was odd about documents, with its count."""
+    """Return sentences with what was odd about documents, and its count."""
     odd = [f"{n:,} {corpus.COUNTS[key]}" for key in keys if (n := place.counts[key])]
     if place.fields:
         odd.append(f"records have {', '.join(map(str, place.fields[:9]))} (--text_key)")
@@ -183,7 +183,7 @@ class Preparation:
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            if "unit" in record:
+            if record.keys() & {"unit", "place"}:
                 raise ValueError(
                     f"--out {self.out}: was begun by an earlier version of this program: remove it"
                 )
@@ -211,13 +211,13 @@ class Preparation:
         if "shard" in record:
             self.shards[record["split"], record["number"]] = record["shard"]
             self.position += record["shard"]["tokens"]
-        if "place" in record:
-            self.place = Part(**record["place"])
+        if "part" in record:
+            self.place = Part(**record["part"])
             self.place.next, self.place.counts = tuple(self.place.next), Tally(self.place.counts)
 
     def note(self, record: dict, place: Part | None = None) -> None:
         if place is not None:
-            record["place"] = vars(place)
+            record["part"] = vars(place)
         os.write(self.journal, json.dumps(record).encode() + b"\n")
         os.fsync(self.journal)
 
@@ -249,14 +249,14 @@ class Preparation:
             self.note({"head": self.head}, place)
 
     def end(self) -> None:
-        """All units are there: cut what is left into shards, and wait until they are written."""
+        """Cut what is left into shards: all units are there. Wait until they are written."""
         self.ended = True
         if not self.place.tokens:
             raise Unusable(self.nothing_found())
         if self.val_end is None:
             self.save_head(self.place)
             self.decide_val_end()
-        if self.has_val_source and self.val_end == self.place.tokens:
+        if self.has_val_source and self.val_end in (None, self.place.tokens):
             raise Unusable("no document was found in --source")
         self.cut_shards()
         self.wait()
@@ -266,7 +266,7 @@ class Preparation:
         return f"no document was found with --text_key {self.options['text_key']}: {odd}"
 
     def refuse_losses(self, allowed: float, size: int, left_out: int) -> None:
-        """ValueError if more of the source than the share `allowed` is not in the shards.
+        """Raise ValueError if more of the source than the share `allowed` is not in the shards.
 
         size: bytes of all files, 0 if unknown. left_out: bytes of those that were not read.
         """
@@ -311,9 +311,7 @@ class Preparation:
         """Set `val_end`, unless too little has been read to tell."""
         total, size = self.place.tokens, self.options["shard_tokens"]
         target = self.options["val_tokens"]
-        if self.has_val_source:
-            if self.ended:
-                raise Unusable("no document was found in --source")
+        if self.has_val_source:  # it ends where the first unit of --source begins
             return
         if target is None and (total * VAL_SHARE >= size or self.ended):
             target = max(1, min(size, int(total * VAL_SHARE)))
@@ -334,8 +332,8 @@ class Preparation:
         self.note({"val_end": val_end, "within": self.within})
 
     def document_start(self, target: int) -> int | None:
-        """The last start of a document up to token `target`, but not the corpus' first; failing
-        that the first one beyond; None if that has not been read yet."""
+        """Return the last start of a document up to token `target`, but not the corpus' first;
+        failing that the first one beyond; None if that has not been read yet."""
         stream = np.memmap(self.folder / "head.bin", np.uint16, "r")
         step = 1 << 20
         for stop in range(target + 1, 1, -step) if not self.searched else ():
@@ -366,7 +364,7 @@ class Preparation:
             self.writing = self.writer.submit(self.write, key, tokens, place)
 
     def shard_at(self, start: int) -> tuple[tuple[str, int], int]:
-        """((split, number), end) of the shard that begins with token `start`."""
+        """Return ((split, number), end) of the shard that begins with token `start`."""
         size, end = self.options["shard_tokens"], self.place.tokens if self.ended else math.inf
         if start < self.val_end:
             return ("val", start // size), min(start + size, self.val_end)

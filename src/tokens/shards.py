@@ -10,6 +10,7 @@ this process' memory and pile up over a shuffled read (nanoGPT issues 287 and 42
 stay in the system's cache.
 """
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -17,12 +18,12 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from basics import durable
 from tokens.tokenizer import EOT, VOCAB_SIZE, fingerprint
@@ -79,24 +80,20 @@ class Shard:
     documents: int | None
 
 
-class _File:
-    """A file descriptor that closes itself when nobody reads from it any more."""
-
-    def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self):
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
 def _unreadable(path: Path, error: OSError) -> ValueError:
     return ValueError(f"shard {path} cannot be read: {error.strerror}")
 
 
+def _open(path: Path):
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
 def open_shard(path: Path, entry: dict | None = None) -> Shard:
-    """Recognise a shard by its content. ValueError if it cannot be one, or is not what its manifest
-    entry says; its tokens are not read here."""
+    """Recognise a shard by its content; its tokens are not read here. Raise ValueError if it cannot
+    be one, or is not what its manifest entry says."""
     again = "prepare it again, or fetch it again"
     try:
         size = path.stat().st_size
@@ -157,7 +154,7 @@ SPLIT_IN_NAME = re.compile(r"(?<![a-z])(training|train|validation|valid|val)(?![
 
 
 def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | None]]:
-    """The split's shard files in name order, each with its manifest entry if there is one."""
+    """Return the split's shard files in name order, each with its manifest entry or None."""
     folder = Path(data_dir)
     prepare = "prepare data with python src/prepare_data.py"
     if not folder.is_dir():
@@ -203,7 +200,7 @@ def list_shards(data_dir: str | Path, split: str) -> list[tuple[Path, dict | Non
 
 
 def read_manifest(folder: Path) -> dict[str, dict] | None:
-    """Shard entries of manifest.json by name; None without one. Nothing in it is trusted."""
+    """Return the entries of manifest.json by name; None without one. Nothing in it is trusted."""
     path = folder / MANIFEST
     fix = "prepare the folder again, or delete the manifest to have its shards taken as they are"
     try:
@@ -238,7 +235,7 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
 
 
 def parse_data_dir(data_dir: str | Path | list[str]) -> list[tuple[str, Fraction]]:
-    """ "DIR", "A:0.7 B:0.3" or a list of such -> [(folder, share)], the shares adding up to 1.
+    """Turn "DIR", "A:0.7 B:0.3" or a list of such into [(folder, share)] that add up to 1.
 
     In one text a folder with a blank in its name is quoted as in a shell: "'my books:0.7' B:0.3".
     """
@@ -279,128 +276,93 @@ def _weight(entry: str) -> tuple[str, Fraction | None]:
 class TokenStream:
     """The shards of one split as one sequence of tokens. Reading is safe from several threads.
 
-    num_tokens, paths, shard_tokens, and a fingerprint of what is in it: from the manifest's
+    num_tokens, paths, and a fingerprint of what is in it: from the manifest's
     checksums if there are any, else from sizes and a few blocks of each shard. Equal data in
     shards of other names has the same fingerprint.
     """
 
     def __init__(self, shards: list[Shard]):
         self.shards = shards
-        self.paths = [shard.path for shard in shards]
-        self.shard_tokens = [shard.tokens for shard in shards]
-        self._begins = np.array([0, *itertools.accumulate(self.shard_tokens)])
-        self._offsets = np.array([shard.offset for shard in shards])
-        self.num_tokens = int(self._begins[-1])
+        self.paths = paths = [shard.path for shard in shards]
+        self._begins = [0, *itertools.accumulate(2 * shard.tokens for shard in shards)]  # bytes
+        self.num_tokens = self._begins[-1] // 2
         # Few open files even with thousands of shards. One that falls out of the cache while
         # another thread reads it stays open until that thread lets go of it.
-        self._file = functools.lru_cache(maxsize=64)(lambda k: _File(self.paths[k]))
+        self._file = functools.lru_cache(maxsize=64)(lambda k: _open(paths[k]))
         sha = hashlib.sha256()
-        full = self.num_tokens <= SMALL
-        for k, shard in enumerate(shards):
+        for shard, begin in zip(shards, self._begins, strict=False):
             sha.update(f"{shard.tokens} {shard.sha256}\n".encode())
-            for begin in self._blocks(shard.tokens, full):
-                tokens = self.read(int(self._begins[k]) + begin, min(BLOCK, shard.tokens - begin))
+            last = max(0, shard.tokens - BLOCK)
+            blocks = sorted({0, last // 3, 2 * last // 3, last})
+            if self.num_tokens <= SMALL:
+                blocks = range(0, shard.tokens, BLOCK)
+            for block in blocks:
+                tokens = self.read(begin // 2 + block, min(BLOCK, shard.tokens - block))
                 if shard.sha256 is None:
                     sha.update(tokens)
         self.fingerprint = sha.hexdigest()[:16]
 
-    @staticmethod
-    def _blocks(tokens: int, full: bool) -> list[int]:
-        """Where the blocks begin that are checked and fingerprinted at opening."""
-        if full:
-            return list(range(0, tokens, BLOCK))
-        last = max(0, tokens - BLOCK)
-        return sorted({0, last // 3, 2 * last // 3, last})
-
     def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens [start, start + n) as uint16, across shard borders."""
-        out = np.empty(n, DTYPE)
-        self._fill(start, out)
-        if n and out.max() >= VOCAB_SIZE:
-            self._refuse(start, out)
-        return out
+        """Return tokens [start, start + n) as uint16, across shard borders."""
+        return self._read([start], n)[0]
 
     def windows(self, index: np.ndarray, T: int) -> np.ndarray:
-        """Windows `index` (n,) of length T as uint16 (n, T+1)."""
-        out = np.empty((len(index), T + 1), DTYPE)
-        starts, size = index * T, 2 * (T + 1)
-        shard = np.searchsorted(self._begins, starts, "right") - 1
-        at = (starts - self._begins[shard]) * 2 + self._offsets[shard]
-        where = list(zip(shard.tolist(), at.tolist(), strict=True))
+        """Return windows `index` (n,) of length T as uint16 (n, T+1)."""
+        return self._read((index * T).tolist(), T + 1)
+
+    def _read(self, starts: list[int], n: int) -> np.ndarray:
+        """Return n tokens from each of `starts` on, as uint16 (len(starts), n)."""
+        out = np.empty((len(starts), n), DTYPE)
         if hasattr(os, "posix_fadvise"):
             # Announcing all reads lets the disk work on them side by side: 15 instead of 51 ms for
             # 512 scattered windows that are not in memory, on the disk where this was measured.
-            for k, offset in where:
-                file = self._open(k)
-                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
-        rows = memoryview(out.reshape(-1)).cast("B")
-        for i, (k, offset) in enumerate(where):
-            file = self._open(k)
-            try:
-                got = os.preadv(file.fd, [rows[i * size : (i + 1) * size]], offset)
-            except OSError as error:
-                raise _unreadable(self.paths[k], error) from None
-            if got != size:  # the window goes on in the next shard
-                self._fill(int(starts[i]), out[i])
-        if len(index) and out.max() >= VOCAB_SIZE:
-            bad = int((out >= VOCAB_SIZE).any(axis=1).argmax())
-            self._refuse(int(starts[bad]), out[bad])
-        return out
-
-    def _pieces(self, start: int, n: int) -> Iterator[tuple[int, int, int]]:
-        """[start, start + n) as (shard number, first token inside it, count), shard by shard."""
-        assert start >= 0 and start + n <= self.num_tokens, (start, n)
-        k = int(np.searchsorted(self._begins, start, "right")) - 1
-        while n > 0:
-            first = start - int(self._begins[k])
-            count = min(n, self.shard_tokens[k] - first)
-            yield k, first, count
-            start, n, k = start + count, n - count, k + 1
-
-    def _fill(self, start: int, out: np.ndarray) -> None:
-        done = 0
-        for k, first, count in self._pieces(start, len(out)):
-            buffer = memoryview(out[done : done + count]).cast("B")
-            file, offset = self._open(k), self.shards[k].offset + 2 * first
+            for start in starts:
+                k, offset = self._at(2 * start)
+                file = self._file(k)
+                os.posix_fadvise(file.fileno(), offset, 2 * n, os.POSIX_FADV_WILLNEED)
+        for start, row in zip(starts, out, strict=True):
+            buffer, at = memoryview(row).cast("B"), 2 * start
             while buffer:
+                k, offset = self._at(at)
+                file, rest = self._file(k), self._begins[k + 1] - at
                 try:
-                    got = os.preadv(file.fd, [buffer], offset)
+                    got = os.preadv(file.fileno(), [buffer[:rest]], offset)
                 except OSError as error:
                     raise _unreadable(self.paths[k], error) from None
                 if got == 0:
                     raise ValueError(f"shard {self.paths[k]} became shorter while it was in use")
-                buffer, offset = buffer[got:], offset + got
-            done += count
+                buffer, at = buffer[got:], at + got
+        if out.size and out.max() >= VOCAB_SIZE:
+            row, column = np.argwhere(out >= VOCAB_SIZE)[0].tolist()
+            at = 2 * (starts[row] + column)
+            k, _ = self._at(at)
+            raise ValueError(
+                f"shard {self.paths[k]}: token {(at - self._begins[k]) // 2:,} is "
+                f"{out[row, column]}, beyond GPT-2's last id {EOT}: damaged, or another "
+                "tokenizer's; prepare it again"
+            )
+        return out
 
-    def _open(self, k: int) -> "_File":
-        try:
-            return self._file(k)
-        except OSError as error:
-            raise _unreadable(self.paths[k], error) from None
-
-    def _refuse(self, start: int, tokens: np.ndarray) -> None:
-        at = start + int((tokens >= VOCAB_SIZE).argmax())
-        k = int(np.searchsorted(self._begins, at, "right")) - 1
-        raise ValueError(
-            f"shard {self.paths[k]}: token {at - self._begins[k]:,} is {tokens[at - start]}, "
-            f"beyond GPT-2's last id {EOT}: damaged, or another tokenizer's; prepare it again"
-        )
+    def _at(self, at: int) -> tuple[int, int]:
+        """Return where byte `at` of the stream is: (number of the shard, byte in its file)."""
+        k = bisect.bisect_right(self._begins, at) - 1
+        return k, self.shards[k].offset + at - self._begins[k]
 
 
 def open_split(data_dir: str | Path, split: str) -> TokenStream:
-    """The stream over the `split` ("train" or "val") shards of a folder.
+    """Open the stream over the `split` ("train" or "val") shards of a folder.
 
     Checked here: sizes and headers of all shards against each other and the manifest, and token
     ids, of a small set in full, else in a few blocks of each shard (every window is checked again
-    when it is read). ValueError names the folder or file and the fix.
+    when it is read). Raise ValueError with the folder or file and the fix.
     """
     return TokenStream([open_shard(*found) for found in list_shards(data_dir, split)])
 
 
-def verify(data_dir: str | list[str], progress: Callable[[int, int], None] | None = None) -> None:
+def verify(data_dir: str | list[str]) -> None:
     """Read every shard in full: SHA-256 against the manifest where there is one, and token ids.
 
-    progress(bytes read, bytes in all). ValueError names every bad shard.
+    A bar on a terminal says how far it is. Raise ValueError that names every bad shard.
     """
     shards, problems = [], []
     for folder, _ in parse_data_dir(data_dir):
@@ -410,29 +372,27 @@ def verify(data_dir: str | list[str], progress: Callable[[int, int], None] | Non
                     shards.append(open_shard(path, entry))
                 except ValueError as error:
                     problems.append(str(error))
-    total, done = sum(shard.path.stat().st_size for shard in shards), 0
-    for shard in shards:
-        sha, token, bad = hashlib.sha256(), 0, None
-        try:
-            with open(shard.path, "rb") as file:
-                head = file.read(shard.offset)
-                sha.update(head)
-                done += len(head)
-                while chunk := file.read(CHUNK):
-                    sha.update(chunk)
-                    beyond = np.frombuffer(chunk, DTYPE) >= VOCAB_SIZE
-                    if bad is None and beyond.any():
-                        bad = token + int(beyond.argmax())
-                    token += len(beyond)
-                    done += len(chunk)
-                    if progress:
-                        progress(done, total)
-        except OSError as error:
-            problems.append(str(_unreadable(shard.path, error)))
-            continue
-        if bad is not None:
-            problems.append(f"shard {shard.path}: token {bad:,} is beyond id {EOT}")
-        elif shard.sha256 not in (None, sha.hexdigest()):
-            problems.append(f"shard {shard.path}: SHA-256 differs from its manifest's")
+    total = sum(shard.path.stat().st_size for shard in shards)
+    # disable=None: where standard error is no terminal
+    with tqdm(desc="verifying", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for shard in shards:
+            sha, token, bad = hashlib.sha256(), 0, None
+            try:
+                with open(shard.path, "rb") as file:
+                    sha.update(file.read(shard.offset))
+                    while chunk := file.read(CHUNK):
+                        sha.update(chunk)
+                        beyond = np.frombuffer(chunk, DTYPE) >= VOCAB_SIZE
+                        if bad is None and beyond.any():
+                            bad = token + int(beyond.argmax())
+                        token += len(beyond)
+                        bar.update(len(chunk))
+            except OSError as error:
+                problems.append(str(_unreadable(shard.path, error)))
+                continue
+            if bad is not None:
+                problems.append(f"shard {shard.path}: token {bad:,} is beyond id {EOT}")
+            elif shard.sha256 not in (None, sha.hexdigest()):
+                problems.append(f"shard {shard.path}: SHA-256 differs from its manifest's")
     if problems:
         raise ValueError("; ".join(problems) + ": prepare or fetch these again")

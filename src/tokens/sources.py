@@ -19,7 +19,6 @@ import lzma
 import os
 import re
 import shutil
-import stat
 import subprocess
 import zlib
 from pathlib import Path
@@ -56,7 +55,7 @@ class SourceFile:
     inode: tuple = ()  # the same for all names and links of one file
 
     def identity(self) -> list:
-        """What must not change until the preparation is finished."""
+        """Return what must not change until the preparation is finished."""
         return [self.split, self.name, self.kind, self.size, self.mtime_ns, self.sha256]
 
 
@@ -71,10 +70,10 @@ class Found:
 
 
 def find_all(args, commits: dict) -> Found:
-    """The files behind --val_source and --source, each once.
+    """Find the files behind --val_source and --source, each once.
 
     args: source, val_source, name, split, val_split, revision, format, encoding, text_key. commits:
-    what an earlier start of this preparation found. ValueError if there is nothing to read.
+    what an earlier start of this preparation found. Raise ValueError if there is nothing to read.
     """
     found, seen, contents = Found(), {}, {}
     for split, sources in (("val", args.val_source), ("train", args.source)):
@@ -113,10 +112,10 @@ def find_all(args, commits: dict) -> Found:
 def find_files(
     source: str, split: str, args, commit: str, left_out: dict
 ) -> tuple[list[SourceFile], str]:
-    """The files behind `source`, and the hub's commit ("" for what is not of the hub).
+    """Find the files behind `source`, and the hub's commit ("" for what is not of the hub).
 
     split: what they become, "train" or "val". left_out: takes {path: bytes} of files in folders
-    whose endings say nothing. ValueError if there is nothing to read.
+    whose endings say nothing. Raise ValueError if there is nothing to read.
     """
     path = Path(os.path.expanduser(source))
     if not source:
@@ -149,15 +148,11 @@ def find_files(
 
 
 def is_pipe(path: Path) -> bool:
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)
+    return path.is_fifo() or path.is_char_device() or path.is_socket()
 
 
 def classify(path: str) -> tuple[str, str]:
-    """(kind, compression) by the name's endings; kind "" if they say nothing."""
+    """Return (kind, compression) by the name's endings; kind "" if they say nothing."""
     base, ending = os.path.splitext(path.lower())
     compression = COMPRESSIONS.get(ending, "")
     if compression:
@@ -180,7 +175,7 @@ def named_file(path: str | Path, name: str, split: str, args) -> SourceFile:
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files below a folder in the order of their paths. Links are followed, circles cut."""
+    """Find all files below a folder, sorted by path. Links are followed, circles cut."""
 
     def refuse(error: OSError):
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}")
@@ -195,7 +190,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def usable(path: Path, args, left_out: dict) -> bool:
-    """Is this file of a folder read? If not, and it may be missed, it goes to `left_out`."""
+    """Say if this file of a folder is read; if not, and it may be missed, add it to `left_out`."""
     if path.name.startswith(".") or BESIDE.fullmatch(path.name):
         return False
     if not path.exists():
@@ -218,7 +213,7 @@ def folder_files(folder: Path, split: str, args, left_out: dict) -> list[SourceF
 
 
 def saved_by_datasets(folder: Path, split: str, args) -> list[SourceFile]:
-    """A folder that save_to_disk of `datasets` wrote."""
+    """Return the one "file" that a folder of save_to_disk of `datasets` is."""
     import datasets
 
     data, wanted = datasets.load_from_disk(str(folder)), ""
@@ -237,7 +232,7 @@ def saved_by_datasets(folder: Path, split: str, args) -> list[SourceFile]:
 
 
 def signature(paths) -> str:
-    """One for several files."""
+    """Return one signature for several files."""
     signed = [sign(SourceFile(path, path, "", "")).identity()[3:] for path in paths]
     return hashlib.sha256(repr(signed).encode()).hexdigest()
 
@@ -298,7 +293,7 @@ DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what unpacking raise
 
 def look_inside(file: SourceFile, raw, args) -> None:
     """Set what the beginning of a file decides: its compression, its encoding, and its kind where
-    the name says too little. ValueError names what cannot be read, and the way around.
+    the name says too little. Raise ValueError with what cannot be read, and the way around.
 
     raw: a binary file at its beginning, whose position is not kept.
     """
@@ -358,7 +353,7 @@ def is_text(head: bytes) -> bool:
 
 
 def read_json(text: str) -> tuple[bool, int]:
-    """(is `text` JSON?, where the value that it begins with ends; 0 if that is no JSON)"""
+    """Return (is it JSON?, where the value that it begins with ends; 0 if that is no JSON)."""
     try:
         end = json.JSONDecoder().raw_decode(text)[1]
         return not text[end:].strip(), end
@@ -374,7 +369,7 @@ def long_window(path: str) -> str:
 
 
 def unpacker(raw, compression: str):
-    """A function read(n) that gives up to n bytes of what is packed in a binary file."""
+    """Return a function read(n) that gives up to n bytes of what is packed in a binary file."""
     if compression == "gz":
         return gzip.GzipFile(fileobj=raw).read1
     if compression == "bz2":
@@ -393,7 +388,7 @@ def unpacker(raw, compression: str):
 
 
 def read_program(process: subprocess.Popen, n: int) -> bytes:
-    """Up to n bytes of a program's output; EOFError if it has failed."""
+    """Return up to n bytes of a program's output; raise EOFError if it has failed."""
     data = process.stdout.read(n)
     if not data and process.wait():
         raise EOFError(process.stderr.read().decode(errors="replace").strip())
@@ -401,7 +396,7 @@ def read_program(process: subprocess.Popen, n: int) -> bytes:
 
 
 def first_bytes(raw, compression: str) -> tuple[bytes, str]:
-    """The first HEAD bytes of what is packed in a file, or as many as are whole; the problem."""
+    """Return the first HEAD bytes of what is packed, or as many as are whole, and the problem."""
     found = b""
     try:
         read = unpacker(raw, compression)
@@ -416,7 +411,7 @@ def first_bytes(raw, compression: str) -> tuple[bytes, str]:
 
 
 def has_configs(readme: Path) -> bool:
-    """Is this a data set's card, that is, does a block of YAML with `configs:` open it?"""
+    """Say if this is a data set's card: if a block of YAML with `configs:` opens it."""
     text = readme.read_text("utf-8", "replace") if readme.is_file() else ""
     return text.startswith("---") and "\nconfigs:" in text.split("\n---")[0]
 
@@ -426,7 +421,7 @@ def hub_split(split: str, args) -> str | None:
 
 
 def hub_commit(repository: str, revision: str | None) -> str:
-    """The commit that a branch, tag or commit of a hub data set stands for; one request."""
+    """Ask the hub for the commit that a branch, tag or commit of a data set stands for."""
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -445,11 +440,10 @@ def hub_commit(repository: str, revision: str | None) -> str:
 
 
 def hub_files(source: str, split: str, args, commit: str | None) -> list[SourceFile]:
-    """What `datasets` resolves for a hub data set, or for a local folder laid out like one.
+    """Let `datasets` resolve a hub data set, or a local folder laid out like one.
 
-    It knows the README's configurations and the naming schemes of splits. The files are then read
-    by the code below, which can enter them in the middle and reads the text column alone. What only
-    `datasets` can read (CSV, Arrow, ...) is streamed through it, by the main process.
+    It knows the README's configurations and the naming schemes of splits. Of files that are known
+    here the text column alone is then read; what only `datasets` can read is streamed through it.
     """
     import datasets
 
@@ -478,7 +472,7 @@ def hub_files(source: str, split: str, args, commit: str | None) -> list[SourceF
 
 
 def card_patterns(readme: Path, name: str | None) -> dict:
-    """{split: patterns of file names} of one configuration in a data set's README."""
+    """Return {split: patterns of file names} of one configuration in a data set's README."""
     import datasets
     import huggingface_hub
 

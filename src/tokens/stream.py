@@ -21,14 +21,14 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A 64-bit mixing function (the finaliser of splitmix64), element by element, modulo 2^64."""
+    """Mix 64 bits (the finaliser of splitmix64), element by element, modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def epoch_order(seed: int, epoch, num_windows: int, positions: np.ndarray) -> np.ndarray:
-    """Element `positions` of epoch `epoch`'s permutation of range(num_windows), in constant time.
+    """Return elements `positions` of epoch `epoch`'s permutation of range(num_windows).
 
     epoch: a number, or one for each position. positions: int64 in [0, num_windows).
 
@@ -41,7 +41,7 @@ def epoch_order(seed: int, epoch, num_windows: int, positions: np.ndarray) -> np
     n = np.uint64(num_windows)
     a = math.isqrt(num_windows - 1) + 1
     b = -(-num_windows // a)
-    a, b = np.uint64(a), np.uint64(b)
+    a, b, half = np.uint64(a), np.uint64(b), np.uint64(32)
     x = np.asarray(positions).astype(np.uint64)
     key = _mix(np.asarray(seed & MASK, np.uint64).reshape(1) + np.uint64(GOLDEN))
     key = _mix(key + np.asarray(epoch).astype(np.uint64) * np.uint64(GOLDEN))
@@ -53,13 +53,9 @@ def epoch_order(seed: int, epoch, num_windows: int, positions: np.ndarray) -> np
             key = key + np.uint64(GOLDEN)
             # the upper 32 bits of a hash times a size, shifted: a number below that size
             if number % 2 == 0:
-                left = (
-                    left + ((_mix(_mix(key) + right) >> np.uint64(32)) * a >> np.uint64(32))
-                ) % a
+                left = (left + ((_mix(_mix(key) + right) >> half) * a >> half)) % a
             else:
-                right = (
-                    right + ((_mix(_mix(key) + left) >> np.uint64(32)) * b >> np.uint64(32))
-                ) % b
+                right = (right + ((_mix(_mix(key) + left) >> half) * b >> half)) % b
         return left * b + right
 
     x = permute(x, key)
@@ -97,24 +93,20 @@ class WindowSource:
         self.num_tokens = sum(stream.num_tokens for stream in streams)
         shares = [Fraction(str(w)) for w in weights or [1] * len(streams)]
         self._slots = _block_of(shares)  # which stream each slot of a block draws from
-        counts = np.bincount(self._slots, minlength=len(streams))
-        self._counts = counts.astype(np.int64)
+        self._counts = counts = np.bincount(self._slots, minlength=len(streams))
         self._ranks = np.concatenate([np.arange(c) for c in counts])
         parts = [s.fingerprint for s in streams]
         if len(streams) > 1:
             parts += [",".join(map(str, counts))]
-        self.fingerprint = (
-            parts[0]
-            if len(parts) == 1
-            else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-        )
+        mixed = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        self.fingerprint = mixed if len(streams) > 1 else parts[0]
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
-        """Windows at `positions` (n,) of the endless shuffled sequence, as uint16 (n, T+1)."""
+        """Read windows at `positions` (n,) of the endless shuffled sequence: uint16 (n, T+1)."""
         return self._read(positions, shuffled=True)
 
     def windows_in_order(self, index: np.ndarray) -> np.ndarray:
-        """Windows `index` (n,) without shuffling, as uint16 (n, T+1): the order for validation.
+        """Read windows `index` (n,) without shuffling: uint16 (n, T+1), the order for validation.
 
         Several streams alternate in their shares; the shorter one comes round again.
         """
@@ -138,8 +130,8 @@ class WindowSource:
 
 
 def _block_of(shares: list[Fraction], largest: int = 10_000) -> np.ndarray:
-    """Stream number of each slot of the smallest block that holds the shares exactly; a block of
-    `largest`, and the nearest whole numbers, where none that small does."""
+    """Return the stream number of each slot of the smallest block that holds the shares exactly; of
+    a block of `largest`, with the nearest whole numbers, where none that small does."""
     shares = [share / sum(shares) for share in shares]
     size = min(math.lcm(*(share.denominator for share in shares)), largest)
     counts = [int(share * size) for share in shares]
@@ -152,7 +144,7 @@ def _block_of(shares: list[Fraction], largest: int = 10_000) -> np.ndarray:
 
 
 def open_source(data_dir: str | list[str], split: str, T: int, seed: int) -> WindowSource:
-    """Open a folder, or a mixture "a:0.7 b:0.3". ValueError as for `open_split`."""
+    """Open a folder, or a mixture "a:0.7 b:0.3"; raise ValueError as `open_split` does."""
     folders = parse_data_dir(data_dir)
     streams = [open_split(folder, split) for folder, _ in folders]
     return WindowSource(streams, T, seed, [share for _, share in folders])

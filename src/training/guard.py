@@ -26,19 +26,19 @@ class Guard:
         self.state, self.sigmas, self.skip_spikes = state, sigmas, skip_spikes
 
     def limit(self) -> float:
-        """The loss above which the next step is a spike; infinite until the window is full."""
+        """Return the loss above which the next step is a spike; inf until the window is full."""
         losses = self.state.recent_losses
         if len(losses) < self.WINDOW:
             return math.inf
         return float(np.mean(losses) + self.sigmas * np.std(losses))
 
     def is_bad(self, loss, grad_norm, limit: float) -> torch.Tensor:
-        """Verdict on a step as a bool tensor (), without waiting for the device."""
+        """Return the verdict on a step as a bool tensor (), without waiting for the device."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         return bad | (loss > limit) if self.skip_spikes else bad
 
     def observe(self, loss: float, bad: bool, limit: float) -> str | None:
-        """Take a finished step into account -> what to report, if anything."""
+        """Take a finished step into account; return what to report, or None."""
         state = self.state
         state.consecutive_skips = state.consecutive_skips + 1 if bad else 0
         state.skipped_updates += bad

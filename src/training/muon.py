@@ -21,9 +21,9 @@ STEPS = 5
 
 
 def orthogonalized(x, dtype: torch.dtype):
-    """Nearest semi-orthogonal matrices of x (..., m, n), roughly: singular values 0.7 to 1.2.
+    """Return roughly the nearest semi-orthogonal matrices of x (..., m, n).
 
-    Newton-Schulz iteration in `dtype`, which is also the result's.
+    Newton-Schulz iteration in `dtype`, which is also the result's; singular values 0.7 to 1.2.
     """
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # the products below are of the shorter side
@@ -42,7 +42,7 @@ _all_gather = getattr(
 
 
 def _cost(p, group) -> int:
-    """Of orthogonalizing a matrix, up to a factor."""
+    """Return what orthogonalizing a matrix costs, up to a factor."""
     return p.numel() * min(p.size(0) // group["parts"], p.size(1))
 
 
@@ -67,7 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update, without waiting for the device."""
+        """Make one update, without waiting for the device."""
         assert closure is None
         # AdamW works on these groups and this state, which are what is saved and loaded.
         self.adamw.param_groups = [g for g in self.param_groups if "parts" not in g]
@@ -86,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
             p.add_(update * keep, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
     def _updates(self, matrices):
-        """Yields the orthogonal update of each (parameter, its group), in its shape."""
+        """Yield the orthogonal update of each (parameter, its group), in its shape."""
         if self.world_size == 1:
             for p, group in matrices:
                 yield self._orthogonalized(self._direction(p, group), group["parts"])
@@ -118,9 +118,9 @@ class MuonAdamW(torch.optim.Optimizer):
             yield everything[start : start + p.numel()].view_as(p)
 
     def _sharded_updates(self, matrices):
-        """The same where each process has some rows of each matrix: they are put together, as many
-        matrices at a time as there are processes, each orthogonalizes one and gives out its rows.
-        Yields what is in this process."""
+        """Yield this process's rows of the updates, where each has some rows of each matrix: as
+        many matrices as there are processes are put together at a time, each process
+        orthogonalizes one of them and gives out its rows."""
         for start in range(0, len(matrices), self.world_size):
             some, updates = matrices[start : start + self.world_size], []
             for rank, (p, group) in enumerate(some):
@@ -136,8 +136,8 @@ class MuonAdamW(torch.optim.Optimizer):
         return bool(matrices) and local(matrices[0][0]) is not matrices[0][0]
 
     def _direction(self, p, group):
-        """Updates the momentum of a matrix -> what Nesterov's rule makes of it; of a sharded one,
-        of what is in this process."""
+        """Update the momentum of a matrix and return what Nesterov's rule makes of it; of a sharded
+        matrix, for the rows in this process."""
         state, momentum = self.state[p], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)

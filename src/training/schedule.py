@@ -4,10 +4,10 @@ import math
 
 
 def learning_rate(step: int, cfg) -> float:
-    """Of update `step` (from 1): linear from 0 to max_lr, then by --schedule to min_lr at the end.
+    """Return the rate of update `step` (from 1): linear from 0 to max_lr, then down to min_lr.
 
-    cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a straight line in
-    the last --decay_share of the run.
+    By --schedule: cosine half a period, linear a straight line, wsd (warm-up, stable, decay) a
+    straight line in the last --decay_share of the run.
     """
     if cfg.schedule == "wsd":  # the lower of two ramps: before the decay the length plays no part
         rise = min(1.0, step / max(1, cfg.warmup_steps))
@@ -24,7 +24,7 @@ def learning_rate(step: int, cfg) -> float:
 
 
 def last_stable_step(cfg) -> int | None:
-    """Of a wsd run, whose checkpoint is kept because it can be extended or branched off."""
+    """Return the step of a wsd run from which it can be extended or branched off; else None."""
     if cfg.schedule != "wsd":
         return None
     return math.floor(cfg.max_steps - cfg.decay_share * cfg.max_steps + 1e-6)

@@ -26,8 +26,6 @@ import torch
 from tokens.tokenizer import get_tokenizer
 from training.chunked_loss import next_token_losses, padded
 
-DEFAULT_FILE = "data/hellaswag/hellaswag_val.jsonl"
-
 # --- Items ----------------------------------------------------------------------------------------
 
 
@@ -37,7 +35,6 @@ class Item:
 
     ind: int  # the data set's own number
     label: int  # which ending is the true one, 0..3
-    activity_label: str
     context: list[int]
     endings: list[list[int]]  # each begins with a space
     ending_chars: list[int]  # characters of each ending's text, without that space
@@ -49,7 +46,7 @@ def load_items(path, convention: str = "gpt2") -> list[Item]:
 
     The harness capitalises the second half of a context (ctx_b). Where a file has only the whole
     context (ctx), that is taken as it is and the item is marked `exact=False`.
-    ValueError: the file cannot be read, or a line of it is broken; the line is named.
+    Raise ValueError if the file cannot be read, or a line of it is broken; the line is named.
     """
     text = {"gpt2": _gpt2_text, "harness": _harness_text}[convention]
     encode = get_tokenizer().encode_ordinary
@@ -65,17 +62,9 @@ def load_items(path, convention: str = "gpt2") -> list[Item]:
                         "python src/hellaswag.py --download"
                     ) from None
                 context, continuations, chars = text(record)
-                items.append(
-                    Item(
-                        ind=record["ind"],
-                        label=record["label"],
-                        activity_label=record["activity_label"],
-                        context=encode(context),
-                        endings=[encode(c) for c in continuations],
-                        ending_chars=chars,
-                        exact=convention == "gpt2" or "ctx_a" in record,
-                    )
-                )
+                ind, label, endings = record["ind"], record["label"], map(encode, continuations)
+                exact = convention == "gpt2" or "ctx_a" in record
+                items.append(Item(ind, label, encode(context), [*endings], chars, exact))
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"cannot read HellaSwag items from {path}: {e}") from None
     if not items:
@@ -84,7 +73,7 @@ def load_items(path, convention: str = "gpt2") -> list[Item]:
 
 
 def _parse(line: str) -> dict:
-    """One line's record with its fields checked; ValueError says what is wrong with it."""
+    """Return a line's record with its fields checked; raise ValueError with what is wrong."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
@@ -115,12 +104,12 @@ def _parse(line: str) -> dict:
 
 
 def _gpt2_text(record: dict) -> tuple[str, list[str], list[int]]:
-    """Context, continuations, and characters of the endings: the text as it is."""
+    """Return context, continuations, and characters of the endings: the text as it is."""
     return record["ctx"], [" " + e for e in record["endings"]], [len(e) for e in record["endings"]]
 
 
 def _harness_text(record: dict) -> tuple[str, list[str], list[int]]:
-    """The same as lm-evaluation-harness builds it (its tasks/hellaswag, 0.4.13).
+    """Return the same as lm-evaluation-harness builds it (its tasks/hellaswag, 0.4.13).
 
     Half of the items come from WikiHow, whose headings are marked with [header], [title] and so on.
     """
@@ -157,20 +146,19 @@ class Result:
 
     @property
     def predicted(self) -> int:
-        """The gpt2 convention's choice: the lowest mean loss per token."""
+        """Return the gpt2 convention's choice: the lowest mean loss per token."""
         return _argmin(self.losses)
 
     @property
     def predicted_acc(self) -> int:
-        """The harness' acc: the lowest summed loss."""
+        """Return the choice of the harness' acc: the lowest summed loss."""
         return _argmin(self.sums)
 
     @property
     def predicted_acc_norm(self) -> int:
-        """The harness' acc_norm: the lowest sum per character; an empty ending never wins."""
-        return _argmin(
-            [s / n if n else math.inf for s, n in zip(self.sums, self.ending_chars, strict=True)]
-        )
+        """Return that of acc_norm: the lowest sum per character; an empty ending never wins."""
+        both = zip(self.sums, self.ending_chars, strict=True)
+        return _argmin([s / n if n else math.inf for s, n in both])
 
 
 def _argmin(values: Sequence[float]) -> int:
@@ -178,7 +166,7 @@ def _argmin(values: Sequence[float]) -> int:
 
 
 def accuracy(results: Sequence[Result], prediction: str = "predicted") -> float:
-    """Share of the results whose `prediction` (an attribute of Result) is the label."""
+    """Return the share of results whose `prediction` (an attribute of Result) is the label."""
     return sum(getattr(r, prediction) == r.label for r in results) / len(results)
 
 
@@ -191,7 +179,7 @@ def score(
     poll: Callable[[], object] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Result]:
-    """Losses of all endings of `items`, in their order, by a GPT as train_improved.py has it.
+    """Return the losses of all endings of `items`, in their order, by train_improved.GPT.
 
     An item's result does not depend on the items beside it, beyond rounding. `batch_tokens` bounds
     a forward pass; None is what is fast on the model's device. `autocast` makes the context of the
@@ -246,7 +234,7 @@ def score(
 
 
 def _fit(item: Item, seq_len: int) -> tuple[list[int], list[list[int]], bool]:
-    """Context and endings that fit a model of `seq_len` positions, and whether something was cut.
+    """Return context and endings that fit `seq_len` positions, and whether something was cut.
 
     The last token of an ending is predicted, never read. A context that is too long for the longest
     ending loses its beginning, for all four endings alike. An ending longer than the whole model is
@@ -262,11 +250,11 @@ PADDING = 5  # the segment behind the context (0) and the endings (1 to 4)
 
 
 def _pack(items: Sequence[tuple[list[int], list[list[int]]]], T: int):
-    """Rows [context | ending 1 | ... | ending 4 | padding] of T tokens.
+    """Make rows [context | ending 1 | ... | ending 4 | padding] of T tokens.
 
     The last token of an ending is not among them, nothing is predicted from it.
-    -> (3, B, T) tokens, positions, segments; and (2, N) for the N tokens of all the endings: where
-    (as an index into B*T) each is predicted, and which token it is.
+    Return (3, B, T) tokens, positions, segments; and (2, N) for the N tokens of all the endings:
+    where (as an index into B*T) each is predicted, and which token it is.
     """
     idx, positions, segments = inputs = np.zeros((3, len(items), T), dtype=np.int64)
     segments[:] = PADDING
@@ -294,7 +282,7 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _tree_mask(segments_BT: torch.Tensor) -> torch.Tensor:
-    """(B, 1, T, T), True = may look: back, at the context and at one's own ending."""
+    """Return (B, 1, T, T), True = may look: back, at the context and at one's own ending."""
     own = segments_BT[:, :, None] == segments_BT[:, None, :]
     context = (segments_BT == 0)[:, None, :]
     return (own | context).tril()[:, None]
