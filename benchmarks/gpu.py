@@ -39,6 +39,10 @@ class Bench:
         self.deadline = 0.0
         self.runs = 0
 
+    def left(self) -> float:
+        """Return the seconds that this part may still take."""
+        return max(1.0, self.deadline - time.monotonic())
+
     def train(self, *flags, steps=None, torchrun=0, before=(), stop_after=None, **env) -> dict:
         """Run the training program -> exit code, seconds, output, logged steps, median speed.
 
@@ -74,8 +78,7 @@ class Bench:
             stopped.append(time.monotonic())
             process.send_signal(signal.SIGTERM)
 
-        left = max(1.0, self.deadline - time.monotonic())
-        timers = [threading.Timer(left, process.kill)]
+        timers = [threading.Timer(self.left(), process.kill)]
         timers[0].start()
         for line in process.stdout:
             out.append(line)
@@ -125,8 +128,9 @@ class Bench:
     def doctor(self) -> dict:
         """The doctor, and a first look as the README has it."""
         command = [sys.executable, str(SCRIPT), "--doctor", "--device", self.args.device]
+        command += ["--model", self.args.model, *(SMALL if self.args.quick else ())]
         done = subprocess.run(
-            [*command, "--model", self.args.model], cwd=self.folder, capture_output=True, text=True
+            command, cwd=self.folder, capture_output=True, text=True, timeout=self.left()
         )
         return {"doctor": done.stdout[-4000:], "first": self.brief(self.train())}
 
@@ -280,7 +284,9 @@ class Bench:
         found = {}
         for way in ("eager",) if self.args.quick else ("eager", "compiled"):
             more = ["--compile"] if way == "compiled" else []
-            done = subprocess.run([*command, *more], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, *more], capture_output=True, text=True, timeout=self.left()
+            )
             ratio = re.search(r"ratio to transformers: ([\d.]+)", done.stdout)
             found[way] = {"ratio": ratio and float(ratio[1]), "out": done.stdout[-1500:]}
             if done.returncode:
