@@ -429,7 +429,7 @@ def test_a_sick_run_and_its_resume_say_the_same_once(tmp_path, data):
 
 @pytest.mark.parametrize("mode", ["--no-compile", "--shard"])
 def test_a_process_that_holds_up_the_others_is_named(tmp_path, data, mode):
-    """One of two is stopped for two thirds of the time, in small pieces."""
+    """One of two is stopped for most of the time."""
     flags = "--max_steps 5000 --eval_freq 0 --sample_freq 0 --checkpoint_freq 0 --run_name a"
     flags = [*flags.split(), "--total_batch_size", 64, mode]
     process = start(*flags, cwd=tmp_path, data=data, nproc=2)
@@ -439,7 +439,7 @@ def test_a_process_that_holds_up_the_others_is_named(tmp_path, data, mode):
     def slow():
         while not over.wait(0.02):
             os.kill(worker, signal.SIGSTOP)
-            time.sleep(0.04)
+            time.sleep(0.1)
             os.kill(worker, signal.SIGCONT)
 
     slowing = threading.Thread(target=slow)

@@ -29,6 +29,8 @@ def shard(model: nn.Module) -> None:
     for block in model.transformer.h:
         fully_shard(block)
     fully_shard(model, reshard_after_forward=False)  # its backward pass begins at once
+    # For who calls it from outside. From `forward` it would let go of the root's weights too early,
+    # and the backward pass would gather them again.
     register_fsdp_forward_method(model, "features")
 
 
