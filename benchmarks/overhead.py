@@ -51,7 +51,7 @@ def main() -> None:
     dist = ti.Distributed("cpu", 900.0)
     machine.keep_freed_memory()
     run, checkpoint = ti.set_up(given, dist)
-    ti.preflight(run, checkpoint)
+    ti.planning.preflight(run, checkpoint)
     train_model, loader, saver, monitor = ti.build(run, checkpoint, ti.notify.NOBODY)
     supervisor = Supervisor()
     params = list(run.model.parameters())

@@ -49,7 +49,7 @@ def ours(args) -> dict:
         if dist.device.type == "cpu":
             ti.machine.keep_freed_memory()
         run, checkpoint = ti.set_up(given, dist)
-        ti.preflight(run, checkpoint)
+        ti.planning.preflight(run, checkpoint)
         train_model, loader, _, monitor = ti.build(run, checkpoint, ti.notify.NOBODY)
     params = list(run.model.parameters())
     wait = lambda: ti.machine.wait_for(dist.device)  # noqa: E731

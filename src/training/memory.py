@@ -7,7 +7,8 @@ from training.chunked_loss import PADDED_VOCAB, chunk_rows
 # Kept for the backward pass, in bytes per token, layer and channel. Measured on the shapes of gpt2
 # to gpt2-xl; what a compiler keeps is the same but for a few percent (LAB_NOTES.md, 2026-11-25).
 KEPT, KEPT_FLOAT32 = 37, 65
-PROGRAM = 280_000_000  # bytes of Python and its modules
+# Bytes of Python, its modules, and what an evaluation and histograms hold beside a step's own.
+PROGRAM = 500_000_000
 
 
 def state_bytes(model, optimizer: str) -> int:
