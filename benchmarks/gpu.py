@@ -210,10 +210,10 @@ class Bench:
         for name, before in ways.items():
             env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
             flags = [*QUIET.split(), "--no-compile", "--micro_batch_size", "2"]
-            steps = 300 if self.args.quick else 60
+            steps, soon = (150, 0.3) if self.args.quick else (60, 2.0)
             whole = self.train(*flags, steps=steps, before=before, **env)
             again = [*flags, "--run_name", f"again_{name}"]
-            first = self.train(*again, steps=steps, before=before, stop_after=1.0, **env)
+            first = self.train(*again, steps=steps, before=before, stop_after=soon, **env)
             second = self.train(*again, "--resume", "latest", steps=steps, before=before, **env)
             found[name] = {
                 "codes": [whole["code"], first["code"], second["code"]],
@@ -243,15 +243,18 @@ class Bench:
         flags += ["--num_samples", 2, "--sample_tokens", 32]
         tokens = 1024 if self.args.quick else 65_536
         result = self.train(*flags, "--val_tokens", tokens, steps=20)
+        if result["code"] != 0:
+            return self.brief(result)
         times = {line["step"]: line["time"] for line in result["lines"]}
         gaps = {a: times[b] - times[a] for a, b in itertools.pairwise(times) if a > 2}
         usual = statistics.median(gaps.values())
         stall = {kind: gaps[freq] - usual for kind, freq in freqs.items()}
         work = {"hellaswag": count, "sample": 2 * 32, "eval": tokens}
+        rates = {kind: round(n / stall[kind]) for kind, n in work.items() if stall[kind] > 0}
         return self.brief(result) | {
             "usual_gap_s": round(usual, 4),
             "stall_s": {kind: round(seconds, 4) for kind, seconds in stall.items()},
-            "items_or_tokens_per_s": {kind: round(n / stall[kind]) for kind, n in work.items()},
+            "items_or_tokens_per_s": rates,
         }
 
     def optimizers(self) -> dict:
@@ -300,7 +303,7 @@ class Bench:
         }
         stopped = self.train(*flags, steps=100_000, torchrun=2, stop_after=3.0)
         saved = list((self.folder / "checkpoints" / f"run{self.runs}").glob("step_*.pt"))
-        return brief | {"stop_seconds": stopped["stop_seconds"], "saved": len(saved)}
+        return brief | {"stop_seconds": stopped.get("stop_seconds"), "saved": len(saved)}
 
 
 PARTS = "doctor waits agree speed peers memory resume evaluation optimizers several".split()

@@ -350,18 +350,24 @@ def fill(args: argparse.Namespace, plan: dict, found: Found) -> int:
     # Over a network half of the workers wait for an answer while the other half computes.
     local = all("://" not in f.path and f.kind != "datasets" for f in files)
     units = corpus.find_units(files, args, begun.next, begun.digest)
-    every = 0.5 if sys.stderr.isatty() else 10  # seconds
-    bar = tqdm(
-        total=size or None, initial=begun.weight, unit="B", unit_scale=True, mininterval=every
-    )
+    # disable=None: no bar where standard error is no terminal, but a line every 10 seconds
+    bar = tqdm(total=size or None, initial=begun.weight, unit="B", unit_scale=True, disable=None)
+    shown = started
     try:
         workers = args.workers if local else 2 * args.workers
         for tokens, unit in tokenize_all(units, plan["options"], workers, local):
             preparation.take(tokens, unit)
-            tokens = preparation.place.tokens
-            speed = words.count((tokens - begun.tokens) / (time.monotonic() - started))
-            bar.set_postfix_str(f"{words.count(tokens)} tokens, {speed} tokens/s", refresh=False)
+            place, now = preparation.place, time.monotonic()
+            speed = words.count((place.tokens - begun.tokens) / (now - started))
+            said = f"{words.count(place.tokens)} tokens, {speed} tokens/s"
+            bar.set_postfix_str(said, refresh=False)
             bar.update(unit.weight)
+            if bar.disable and now - shown > 10:
+                shown = now
+                if size and place.weight > begun.weight:
+                    left = (size - place.weight) / (place.weight - begun.weight) * (now - started)
+                    said += f", {place.weight / size:.1%}, {words.duration(left)} left"
+                print(f"  {said}", flush=True)
         for file in files:
             if file.sha256 and "://" not in file.path and file.kind != "datasets":
                 again = sources.sign(dataclasses.replace(file, mtime_ns=0))

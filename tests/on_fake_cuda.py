@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_improved as ti
+from basics import host
 from monitoring import health
 from runtime import machine
 from training import evaluation as evaluations
@@ -103,7 +104,9 @@ class Card:
         of.memory_reserved = of.memory_allocated = lambda device=None: watch.live
         of.max_memory_allocated = lambda device=None: watch.peak
         of.reset_peak_memory_stats = lambda device=None: setattr(watch, "peak", watch.live)
-        of.empty_cache = of.synchronize = torch.cuda.synchronize = lambda device=None: None
+        of.empty_cache = of.synchronize = lambda device=None: None
+        if self.is_integrated:  # the card's memory is the machine's
+            host.available_bytes = lambda: self.total_memory - watch.live
 
 
 @contextlib.contextmanager

@@ -480,7 +480,7 @@ def compare_in_servers(root: Path, steps: int) -> None:
         for run in runs:
             for tag, expected in (
                 ("Loss/train", list(range(1, steps + 1))),
-                ("Loss/validation", [*range(EVAL_EVERY, steps, EVAL_EVERY), steps]),
+                ("Loss/validation", [*range(0, steps, EVAL_EVERY), steps]),
             ):
                 server.wait_for(lambda run=run, tag=tag: len(server.scalars(run, tag)))
                 for kind, got in (

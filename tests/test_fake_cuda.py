@@ -60,25 +60,31 @@ def test_a_step_waits_for_nothing_and_crosses_once(on_fake_cuda):
         assert (found["crossings"], found["waits"]) == (DEFERRED_READ, []), way
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_the_plan_says_what_a_step_takes(on_fake_cuda):
+    """For each size and precision; fewer of the larger ones' blocks, which are all the same."""
+    ways = [
         {"model": "gpt2", "micro_batch": 4, "accumulation": 2},
         {"model": "gpt2", "micro_batch": 8, "dtype": "float32", "optimizer": "muon"},
-        {"model": "gpt2-xl", "micro_batch": 4, "accumulation": 2, "n_layer": 12},
-    ],
-)
-def test_the_plan_says_what_a_step_takes(on_fake_cuda, options):
-    (found,) = on_fake_cuda(("step", options))
-    assert found["estimate"] == pytest.approx(found["peak"], rel=0.1)
+        {"model": "gpt2-medium", "micro_batch": 8, "dtype": "float16", "n_layer": 6},
+        {"model": "gpt2-large", "micro_batch": 2, "dtype": "float32", "n_layer": 6},
+        {"model": "gpt2-xl", "micro_batch": 4, "accumulation": 2, "n_layer": 8},
+    ]
+    for way, found in zip(ways, on_fake_cuda(*[("step", way) for way in ways]), strict=True):
+        assert found["estimate"] == pytest.approx(found["peak"], rel=0.1), way
 
 
 @pytest.mark.parametrize(
-    "card, least, most",
-    [({"total": 8e9}, 4, 16), ({"total": 16e9}, 8, 32), ({"total": 24e9, "shared": True}, 4, 32)],
+    "card, model, least, most",
+    [
+        ({"total": 8e9}, "gpt2", 4, 16),
+        ({"total": 16e9}, "gpt2", 8, 32),
+        ({"total": 24e9, "shared": True}, "gpt2", 4, 32),
+        ({"total": 80e9}, "gpt2-xl", 8, 32),
+        ({"total": 128e9, "shared": True}, "gpt2-xl", 8, 32),
+    ],
 )
-def test_the_micro_batch_is_as_large_as_the_card(on_fake_cuda, card, least, most):
-    options = {"dtype": "float32", "accumulation": 16, "micro_batch": 8}
+def test_the_micro_batch_is_as_large_as_the_card(on_fake_cuda, card, model, least, most):
+    options = {"model": model, "dtype": "float32", "accumulation": 16, "micro_batch": 8}
     (found,) = on_fake_cuda(("micro_batch", options, card))
     assert least <= found["found"] <= most
     assert found["most"] <= found["budget"] < card["total"]
@@ -86,6 +92,8 @@ def test_the_micro_batch_is_as_large_as_the_card(on_fake_cuda, card, least, most
 
 def test_evaluation_waits_once(on_fake_cuda):
     (found,) = on_fake_cuda(("evaluation", {}))
+    crossings = {operation for crossed, _ in found.values() for operation in crossed}
+    assert crossings == {"aten._to_copy.default", "aten.to.dtype_layout"}, "copies, nothing else"
     assert {name: len(waits) for name, (_, waits) in found.items()} == {
         "validation_loss": 1,
         "hellaswag_accuracy": 1,

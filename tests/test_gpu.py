@@ -128,4 +128,5 @@ def test_the_benchmark_runs_whole_without_a_gpu(part, tmp_path):
     if part == "speed":
         assert all(line[size]["tokens_per_s"] > 0 for size in ("2", "chosen"))
     if part == "evaluation":
-        assert line["items_or_tokens_per_s"].keys() == {"hellaswag", "sample", "eval"}
+        kinds = {"histogram", "hellaswag", "sample", "eval", "checkpoint"}
+        assert line["stall_s"].keys() == kinds and line["usual_gap_s"] > 0

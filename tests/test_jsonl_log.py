@@ -206,5 +206,5 @@ def test_it_does_not_need_tensorboard(tmp_path, data):
     ]
     found = curves(folder / "metrics.jsonl")
     assert [step for step, _ in found["Loss/train"]] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _ in found["Loss/validation"]] == [5, 6]
+    assert [step for step, _ in found["Loss/validation"]] == [0, 5, 6]
     assert "--log_jsonl" in out.splitlines()[-1]  # the command that trains longer

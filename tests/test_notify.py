@@ -117,7 +117,7 @@ def test_a_command_gets_text_and_facts(tmp_path):
     facts = "$NOTIFY_EVENT|$NOTIFY_RUN|$NOTIFY_STEP|$NOTIFY_TITLE"
     line = f'cmd: cat > "{out}"; echo "{facts}" >> "{out}"'
     outside, said = opened(line)
-    outside.end("finished", "done, validation loss 3.2\n", 42, well=True)
+    outside.end("finished", "done, validation loss 3.2", 42, well=True)
     assert out.read_text() == "done, validation loss 3.2\nfinished|myrun|42|myrun: finished\n"
     assert said == []
 
@@ -153,16 +153,16 @@ def test_never_more_than_a_stated_rate_and_repeats_are_counted(tmp_path):
     now, out = [0.0], tmp_path / "out"
     outside, _ = opened(f'cmd: cat >> "{out}"', clock=lambda: now[0])
     for _ in range(50):
-        outside.tell("warning", "again\n", 0)
+        outside.tell("warning", "again", 0)
     for i in range(50):
-        outside.tell(f"kind {i}", "another\n", 0)
+        outside.tell(f"kind {i}", "another", 0)
     now[0] = outside.AGAIN + 1
-    outside.tell("warning", "later\n", 0)
-    outside.end("finished", "the end\n", 0, well=True)
+    outside.tell("warning", "later", 0)
+    outside.end("finished", "the end", 0, well=True)
     said = out.read_text()
     assert said.count("again\n") == 1 and said.count("another\n") == outside.BURST - 1
-    assert "another\n\n(not sent since the last message: 49 x warning)" in said
-    assert "later\n\n(not sent since the last message: 1 x kind 9, 1 x kind 10, " in said
+    assert "another\n(not sent since the last message: 49 x warning)" in said
+    assert "later\n(not sent since the last message: 1 x kind 9, 1 x kind 10, " in said
     assert said.endswith("the end\n")
 
 

@@ -139,7 +139,7 @@ def test_every_tag_of_the_contract_at_every_step(whole):
     }
     for tag in CONTRACT:
         steps = [step for step, _ in scalars[tag]]
-        assert steps == ([8, 16, 24] if "validation" in tag else list(range(1, 25))), tag
+        assert steps == ([0, 8, 16, 24] if "validation" in tag else list(range(1, 25))), tag
     cfg = ti.Config(max_lr=1e-2, min_lr=1e-3, warmup_steps=5, max_steps=24)
     for step, lr in scalars["Learning_Rate/lr"]:
         assert lr == pytest.approx(ti.learning_rate(step, cfg), rel=1e-6)

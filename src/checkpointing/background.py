@@ -108,7 +108,7 @@ class BackgroundSaver:
 
             state = map_tensors(state, copy)
             for device in devices:
-                torch.cuda.synchronize(device)
+                torch.accelerator.synchronize(device)
         arguments = (Path(path), state, dict(info or {}), on_done, on_full)
         # Not a daemon: the interpreter waits for it, even after an exception.
         thread = threading.Thread(target=self._write, args=arguments, name="saver")

@@ -291,13 +291,10 @@ class Monitor:
             return
         values = {}
         if by_position is not None:
-            line.append(f"validation loss {state.validation_loss:.4f}")
-        # Random weights always score ln(vocabulary). As the first point of a chart that is smoothed
-        # over points, it would hold the curve far above the training loss for five evaluations.
-        if by_position is not None and (state.step or cfg.init_from):
             values["Loss/validation"] = state.validation_loss
             values["Loss/validation_best"] = state.best_loss
-            if state.validation_loss == state.best_loss:
+            line.append(f"validation loss {state.validation_loss:.4f}")
+            if state.step and state.validation_loss == state.best_loss:
                 self.outside.best("validation loss", state.step, state.best_loss)
             for part in torch.arange(cfg.seq_len).tensor_split(min(self.POSITIONS, cfg.seq_len)):
                 name = "-".join(f"{position:04d}" for position in part[[0, -1]].tolist())
