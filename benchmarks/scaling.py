@@ -296,7 +296,8 @@ sequences per process, float32, gloo over loopback on {os.cpu_count()} cores, Py
 - *MB held* of weights, gradients and moments by rank 0; by theory 16 bytes per parameter, divided
   by the processes when sharded.
 - *s alone* is a pass without synchronisation, *s synchronised* one with it, *s all-reduce* that of
-  all gradients and nothing else. Processes share the cores, so that these seconds are no speed.
+  all gradients and nothing else. Processes share the cores with whatever else runs (here under a
+  load of {os.getloadavg()[1]:.0f}): these seconds are no speed.
 - *early* is the share of the gradients that DDP sends while the backward pass still runs. The rest
   are the embeddings: tied to the output matrix, their gradient is complete last.
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from basics import terminal
+from basics.words import marked
 from monitoring import summary
 from runtime import machine
 from runtime.flags import CommandLine, to_toml
@@ -59,7 +60,10 @@ def print_config(program: Program) -> None:
 
 
 def show_plan(program: Program, run) -> None:
-    """Print the rest of --dry_run: a new plan under each recipe, and every flag as decided."""
+    """Print the rest of --dry_run: whether memory suffices, a new plan under each recipe, and every
+    flag as decided."""
+    if run.dist.is_main and (warning := summary.memory_warning(run)):
+        print(marked(f"\nWARNING {warning}"), flush=True)
     if run.dist.is_main and run.resumed_from is None:
         print(f"\n{summary.recipes(compare_recipes(program, run))}", flush=True)
     if run.dist.is_main:

@@ -106,7 +106,8 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
             run.cfg.shard, run.cfg.activation_checkpointing,
         )  # fmt: skip
 
-    if device.type != "cuda" or model.lm_head.weight.is_meta:
+    divided = run.cfg.shard and processes > 1  # which a trial of the whole model says nothing about
+    if device.type != "cuda" or model.lm_head.weight.is_meta or divided:
         return max((n for n in sizes if estimate(n) <= budget), default=1)
     # What a pass alone does not show: moments, gradients that wait for more, DDP's buckets.
     params = model.num_params()
@@ -128,8 +129,8 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
             raise
         raise ValueError(
             f"--model: not even one sequence fits, training needs about {estimate(1) / 1e9:.1f} GB "
-            f"and may fill {budget / 1e9:.1f} GB of the device's memory; use a smaller --model or "
-            "--seq_len"
+            f"and may fill {budget / 1e9:.1f} GB of the device's memory; use "
+            f"{'--shard, ' if processes > 1 else ''}a smaller --model or --seq_len"
         ) from None
     _remember(key, size=size)
     return size
