@@ -885,7 +885,7 @@ def main(command: flags.CommandLine | None = None) -> int:
     if saver is not None and not saver.close():
         code = 1
         path, reason = saver.failure
-        monitor.tell("not saved", f"ERROR {path} is NOT SAVED ({reason}): make room, then resume")
+        monitor.tell("not saved", f"ERROR {path} is NOT SAVED ({reason}): mend that, then resume")
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
     again = planning.next_command(run, command, finished, last_stable_step(run.cfg))

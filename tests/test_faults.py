@@ -428,7 +428,7 @@ def test_disk_full_at_a_save_keeps_the_old_ones_and_goes_on(tmp_path, data, smal
     names = sorted(p.name for p in (small_disk / "a").iterdir() if p.name != ".lock")
     assert names == ["step_00000005.pt", "step_00000010.pt"], (names, out)
     assert out.count("COULD NOT BE WRITTEN: No space left") == 2
-    assert "step_00000020.pt is NOT SAVED (No space left on device): make room" in out
+    assert "step_00000020.pt is NOT SAVED (No space left on device): mend that" in out
     # There is room again: the lost steps are done again, and the end is saved.
     (small_disk / "a" / "step_00000005.pt").unlink()
     flags = ["--resume", "latest", "--checkpoint_dir", small_disk, "--keep_checkpoints", "1"]
