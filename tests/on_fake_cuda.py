@@ -26,6 +26,7 @@ import train_improved as ti
 from basics import host
 from monitoring import health
 from runtime import machine
+from runtime.own_work import OwnWork
 from training import evaluation as evaluations
 from training import memory, scoring
 
@@ -159,6 +160,7 @@ class Alone:
     """The one process of a run on the fake device."""
 
     device, world_size, rank, is_main = DEVICE, 1, 0, True
+    work = OwnWork(DEVICE)
 
     def sum(self, values):
         return values
@@ -216,7 +218,7 @@ def evaluation(watch) -> dict:
     """Waits of each kind of evaluation, and what copies between devices in it."""
     run = make_run(n_layer=2, seq_len=256, val_tokens=16_384, sample_tokens=4)
     endings = [[318, 257], [318], [257], [257, 318, 11]]
-    item = scoring.Item(0, 0, "", [464, 3290, 318], endings, [4, 2, 1, 5], exact=True)
+    item = scoring.Item(0, 0, [464, 3290, 318], endings, [4, 2, 1, 5], exact=True)
     run.hellaswag_items = [item] * 3
     found = {}
     for name in ("validation_loss", "hellaswag_accuracy", "samples"):

@@ -66,7 +66,7 @@ def test_the_fast_recipe_for_fineweb(tmp_path, data):
     out, _ = run(*flags, cwd=tmp_path, data=data, small=False)
     decided = dict(re.findall(r"^  --(\w+) (.*?)(?:   \(given\))?$", out, re.M))
     assert (decided["optimizer"], decided["schedule"]) == ("muon", "cosine")  # flags win
-    assert (decided["max_steps"], decided["max_lr"]) == ("240", "0.009")
+    assert (decided["max_steps"], decided["max_lr"]) == ("240", "0.006")
     plans = re.search(r"--recipe +reference +fast\n +optimizer +AdamW +Muon\n", out)
     assert plans and re.search(r"^ +steps +600 +240$", out, re.M)
 
