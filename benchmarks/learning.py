@@ -565,7 +565,7 @@ def plot(path: Path, found: list[Group]) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.3g}")
         axes.legend()
-    right.axhline(0.4, color="grey", linestyle=":")
+    right.axhline(0.6, color="grey", linestyle=":")
     left.set(xlabel="million tokens of the run", ylabel="final validation loss (nats)")
     right.set(xlabel="million tokens of the reference", ylabel="share of them that fast needs")
     right.set_ylim(0, 1)

@@ -275,20 +275,20 @@ def test_a_recipe_wins_over_a_file():
     cfg = ti.Config(**(ti.RECIPES["fast"]["flags"] | given | {"data_dir": ti.FINEWEB_DIR}))
     ti.resolve_model(cfg, "cuda")
     ti.resolve_length(cfg, 10_000_000_000)
-    assert (cfg.max_lr, cfg.min_lr, cfg.max_steps) == (pytest.approx(1.8e-3), 0.0, 38_146)
+    assert (cfg.max_lr, cfg.min_lr, cfg.max_steps) == (pytest.approx(1.8e-3), 0.0, 57_219)
     assert cfg.keep_every == 5_000  # the rest is the file's
 
 
 def test_under_another_recipe_a_file_keeps_its_proportions(tmp_path):
     own = ROOT / "configs" / "own-corpus.toml"
     given = parse("--config", own, "--recipe", "fast")
-    assert (given["epochs"], given["max_lr"]) == (1.6, 0.003)
+    assert (given["epochs"], given["max_lr"]) == (2.4, 0.003)
     assert parse("--config", own, "--recipe", "reference") == parse("--config", own) | {
         "recipe": "reference"
     }
     fast = tmp_path / "fast.toml"
-    fast.write_text('recipe = "fast"\nmax_steps = 240\nmax_lr = 0.009\noptimizer = "muon"\n')
-    assert parse("--config", fast, "--recipe", "fast")["max_steps"] == 240
+    fast.write_text('recipe = "fast"\nmax_steps = 360\nmax_lr = 0.009\noptimizer = "muon"\n')
+    assert parse("--config", fast, "--recipe", "fast")["max_steps"] == 360
     given = parse("--config", fast, "--recipe", "reference", "--max_lr", "0.004")
     assert (given["max_steps"], given["max_lr"], "optimizer" in given) == (600, 0.004, False)
 

@@ -59,16 +59,16 @@ def test_the_fast_recipe_for_fineweb(tmp_path, data):
     cfg = ti.Config(model="gpt2", recipe="fast", data_dir="x", **recipe["flags"])
     ti.resolve_model(cfg, "cuda")
     ti.resolve_length(cfg, 10_000_000_000)
-    assert (cfg.max_steps, cfg.min_lr) == (38_146, 0.0)
+    assert (cfg.max_steps, cfg.min_lr) == (57_219, 0.0)
     assert cfg.max_lr == pytest.approx(1.8e-3)
     assert (cfg.optimizer, cfg.schedule) == ("muon", "linear")
     flags = ["--recipe", "fast", "--dry_run", "--schedule", "cosine", "--run_name", "a"]
     out, _ = run(*flags, cwd=tmp_path, data=data, small=False)
     decided = dict(re.findall(r"^  --(\w+) (.*?)(?:   \(given\))?$", out, re.M))
     assert (decided["optimizer"], decided["schedule"]) == ("muon", "cosine")  # flags win
-    assert (decided["max_steps"], decided["max_lr"]) == ("240", "0.006")
+    assert (decided["max_steps"], decided["max_lr"]) == ("360", "0.006")
     plans = re.search(r"--recipe +reference +fast\n +optimizer +AdamW +Muon\n", out)
-    assert plans and re.search(r"^ +steps +600 +240$", out, re.M)
+    assert plans and re.search(r"^ +steps +600 +360$", out, re.M)
 
 
 def test_a_first_look_with_a_larger_model_on_the_sample_corpus():
@@ -86,7 +86,7 @@ def test_the_table_of_recipes_is_what_they_do_with_a_configuration_file(tmp_path
     file = tmp_path / "mine.toml"
     file.write_text('model = "tiny"\nmax_steps = 1000\nmax_lr = 1e-3\n')
     out, _ = run("--config", file, "--dry_run", cwd=tmp_path, small=False)
-    assert re.search(r"^ +steps +1,000 +400$", out, re.M), out
+    assert re.search(r"^ +steps +1,000 +600$", out, re.M), out
     assert re.search(r"^ +max_lr +0.001 +0.003$", out, re.M), out
 
 
