@@ -416,7 +416,7 @@ class GPT(nn.Module):
 
     def forward(self, idx_BT, targets_BT):
         """Return the mean cross-entropy of the next token, in nats, as a float32 scalar."""
-        x_NC = GPT.features(self, idx_BT).view(-1, self.n_embd)  # self.features: sharding.shard
+        x_NC = GPT.features(self, idx_BT).view(-1, self.n_embd)  # not FSDP's (sharding.shard)
         return chunked_cross_entropy(x_NC, self.lm_head.weight, targets_BT.reshape(-1))
 
 

@@ -220,7 +220,7 @@ class RunLock:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as e:
             raise ValueError(f"cannot lock {folder}: {path}: {e.strerror}") from None
-        while not _try_lock(fd):
+        while (locked := _try_lock(fd)) is False:
             if patience <= 0:
                 holder = _holder(fd)
                 os.close(fd)
@@ -229,6 +229,15 @@ class RunLock:
                 )
             time.sleep(1)
             patience -= 1
+        if locked is None:  # nothing to hold
+            os.close(fd)
+            return self
+        there = False
+        with contextlib.suppress(FileNotFoundError):
+            there = os.path.samestat(os.fstat(fd), os.stat(path))
+        if not there:  # removed between opening and locking: what we hold is nobody's lock
+            os.close(fd)
+            return self.acquire(folder, patience)
         content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         content = json.dumps(content | {"job": torchrun_job()}).encode("ascii")
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
@@ -269,15 +278,16 @@ class RunLock:
             self.fd = self.path = None
 
 
-def _try_lock(fd: int) -> bool:
-    """Lock the file, if its file system has locks; return False if another process holds it."""
+def _try_lock(fd: int) -> bool | None:
+    """Lock the file; return False if another process holds it, None if there are no locks here."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN):
             return False
-        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
+        if e.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        raise
     return True
 
 

@@ -244,7 +244,7 @@ class Heartbeat:
         self._ping("start")
 
     def step(self) -> None:
-        """To be called after every step."""
+        """Ping, if it is time, after a step."""
         now = self._clock()
         if now - self._fed >= self.WATCHDOG:
             self._fed = now
@@ -254,7 +254,7 @@ class Heartbeat:
             self._ping("step")
 
     def end(self, well: bool) -> None:
-        """The run finished or was stopped on purpose (well), or it failed."""
+        """Say that the run finished or was stopped on purpose (well), or that it failed."""
         self._tell_systemd(b"STOPPING=1")
         if self._sender:
             self._ping("finish" if well else "fail", self.TIMEOUT)

@@ -20,7 +20,7 @@ LEAST = 20  # steps before there is one
 
 
 class OwnWork:
-    """Of this process. On a GPU events measure, and are read two steps later: nothing waits."""
+    """Measures this process. On a GPU by events, read two steps later: nothing waits."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -68,7 +68,7 @@ class OwnWork:
         self._begun = None
 
     def _end_for_now(self, *_) -> None:
-        """The last end after a beginning counts."""
+        """Note an end; of several after one beginning the last counts."""
         if torch.is_grad_enabled() and self._begun is not None:
             pairs = self._steps[-1]
             if pairs and pairs[-1][0] is self._begun:

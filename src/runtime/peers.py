@@ -54,7 +54,7 @@ class Peers:
             thread.join(2.0)  # it may be stuck in a call that never returns
 
     def work_by_process(self) -> dict[str, float]:
-        """Rank 0: {process: seconds that it works by itself in a step}; {} before all have said."""
+        """Return {process: seconds it works by itself in a step} on rank 0; {} until all said."""
         found = {f"rank 0 on {os.uname().nodename}": self.work.median}
         for rank, beat in list(self.heard.items()):
             if beat != LEFT:
