@@ -164,9 +164,7 @@ def named_file(path: str | Path, name: str, split: str, args) -> SourceFile:
     kind, compression = classify(str(path))
     kind = args.format or kind
     if not kind:
-        raise ValueError(
-            f"{path}: not one of {KNOWN}; unpack an archive, or add --format jsonl, text, csv or parquet"
-        )
+        raise ValueError(f"{path}: not one of {KNOWN}; unpack an archive, or give --format")
     if kind == "parquet" and compression:
         raise ValueError(f"{path}: unpack it first; Parquet is compressed inside")
     file = sign(SourceFile(str(path), name, split, kind, compression))
