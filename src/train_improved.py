@@ -868,7 +868,7 @@ def main(command: flags.CommandLine | None = None) -> int:
     supervisor.outlived = lambda: planning.outlived(run)
     if saver is not None:
         saver.progress = supervisor.written  # a long write is no hang
-    code, how, why = 0, "finished", ""
+    code, how, why, lost = 0, "finished", "", ""
     monitor.begin(run)
     try:
         Training(run, train_model, loader, saver, monitor, supervisor).train()
@@ -883,13 +883,12 @@ def main(command: flags.CommandLine | None = None) -> int:
         raise
     loader.close()
     if saver is not None and not saver.close():
-        code = 1
-        path, reason = saver.failure
-        monitor.tell("not saved", f"ERROR {path} is NOT SAVED ({reason}): mend that, then resume")
+        code, (path, reason) = 1, saver.failure
+        lost = f"ERROR {path} is NOT SAVED ({reason}): mend that, then resume\n"
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
     again = planning.next_command(run, command, finished, last_stable_step(run.cfg))
-    words = summary.farewell(run, finished, again)
+    words = lost + summary.farewell(run, finished, again)
     monitor.say(words)
     monitor.leave(how, why + words, well=code != 1)
     supervisor.leave(code)
