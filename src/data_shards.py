@@ -6,6 +6,9 @@
 The files themselves: tokens/shards.py.
 """
 
+from basics import terminal  # says what is not installed
+
+# isort: split
 import itertools
 import sys
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from basics import inputs, terminal
+from basics import inputs
 from tokens.shards import DTYPE, MANIFEST, Shard, list_shards, open_shard, verify
 from tokens.tokenizer import EOT, VOCAB_SIZE, get_tokenizer
 

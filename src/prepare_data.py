@@ -36,6 +36,9 @@ Exit codes: 0 done; 2 wrong usage, bad input, disk full; 129/130/143 stopped by 
 SIGTERM.
 """
 
+from basics import terminal  # says what is not installed
+
+# isort: split
 import argparse
 import codecs
 import dataclasses
@@ -54,7 +57,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from basics import durable, host, inputs, terminal, words
+from basics import durable, host, inputs, words
 from checkpointing import run_folders
 from tokens import corpus, sources
 from tokens import shards as token_shards
@@ -235,7 +238,8 @@ def prepare(args: argparse.Namespace) -> int:
         corpus.check_columns(file, args.text_key)
     if args.dry_run:
         return 0
-    durable.check_writable(out / WORK)
+    with inputs.about("out", out):
+        durable.check_writable(out / WORK)
     lock = run_folders.RunLock()
     try:
         lock.acquire(out / WORK)

@@ -225,3 +225,13 @@ def test_every_command_has_the_same_manners(command, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("error: "), wrong.stderr
     assert "Traceback" not in wrong.stderr and wrong.stdout == ""
+
+
+def test_a_package_that_is_not_installed_is_a_sentence():
+    """As after a git clone, or with another Python than the one of the environment."""
+    for command in set(COMMANDS) - {"checkpoint_files", "hellaswag"}:  # whose --help needs none
+        flag = "--dry_run" if command == "train_improved" else "--help"
+        program = [sys.executable, "-S", SRC / f"{command}.py", flag]  # without site-packages
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: No module named"), command
+        assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr

@@ -188,14 +188,14 @@ def test_srun_trains_like_one_process(tmp_path, data):
     assert checkpoint(tmp_path, 6, "two").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_wait_for_others_says_so_and_ends_at_a_signal(tmp_path, data, rank):
+@pytest.mark.parametrize("rank, host", [(0, "127.0.0.1"), (1, "127.0.0.1"), (1, "no.such.host")])
+def test_a_wait_for_others_says_so_and_ends_at_a_signal(tmp_path, data, rank, host):
     """A process of two whose peer never comes, as with variables left over in a shell."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     program = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
     program += "from runtime import supervisor; supervisor.begin()\n"
     program += "import train_improved as ti; from runtime import distributed\n"
@@ -213,6 +213,7 @@ def test_a_wait_for_others_says_so_and_ends_at_a_signal(tmp_path, data, rank):
     ]
     for number, process in zip(signals, processes, strict=True):
         waits = "rank 0 waits for rank 1 to start" if rank == 0 else "rank 1 waits for the others"
+        waits = waits if host == "127.0.0.1" else f"rank 1 waits: MASTER_ADDR={host}: "
         assert any(waits in line for line in iter(process.stderr.readline, ""))
         process.send_signal(number)
         assert process.wait(timeout=30) == 128 + number

@@ -7,12 +7,15 @@ A new report is a new line in one of the tables.
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -112,6 +115,13 @@ def test_encodings(tmp_path, name):
     expect(tmp_path / "out", texts)
 
 
+GOOD_ROWS = b'7,"a ""b"", c"\n' * 10
+ESCAPED = b"id,text\n" + GOOD_ROWS + rb'7,"a \"b\", c"' + b"\n" + GOOD_ROWS
+TAR = io.BytesIO()
+with tarfile.open(fileobj=TAR, mode="w") as tar:
+    tar.add(__file__, "book.txt")
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
@@ -127,6 +137,15 @@ def test_encodings(tmp_path, name):
         ("blank.txt.gz", gzip.compress(b"", mtime=0), ["no corpus to cut"]),
         ("lines.txt", lines(TEXTS), ["holds JSON", "--format jsonl"]),
         ("table.csv", b"name;body\na;b\n", ["--text_key text", "it has name;body"]),
+        (
+            "commas.csv",
+            b"id,text\n" + b"7,one, two\n" * 99,
+            ["99 records", "than its header"],
+        ),
+        ("escaped.csv", ESCAPED, ["bytes", "line 12: ", "expected after"]),
+        ("books.tar", TAR.getvalue(), ["unpack an archive"]),
+        ("books.txt.gz", gzip.compress(TAR.getvalue()), ["is an archive", "unpack it"]),
+        ("books.jsonl", b"PK\3\4" + bytes(range(256)), ["is an archive", "unpack it"]),
         ("fields.json", json.dumps(records(TEXTS, "story")).encode(), ["id, story", "--text_key"]),
     ],
 )
@@ -381,6 +400,12 @@ def test_unknown_endings_are_named(tmp_path, capsys):
     assert [Path(path).name for path in manifest["left_out"]] == ["part-00000"]
     assert run("--source", folder, "--format", "jsonl", "--out", tmp_path / "out2") == 0
     expect(tmp_path / "out2", TEXTS + ENGLISH)
+    (folder / "part-00000").unlink()
+    for _ in range(2):  # the second time its own shards are there, which are no source
+        assert run("--source", folder, "--out", folder / "shards") == 0
+    assert "holds this data already" in capsys.readouterr().out
+    shutil.rmtree(folder / "shards")
+    write(folder, {"part-00000": b"x"})
     (folder / "a.jsonl").unlink()
     assert run("--source", folder, "--out", tmp_path / "out3") == 2
     is_refused(capsys, tmp_path / "out3", "holds no files", "part-00000")
@@ -450,7 +475,7 @@ def test_a_file_that_may_not_be_read(tmp_path, capsys):
 # --- Pipes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "bom", "array", "gz", "utf16", "text"])
+@pytest.mark.parametrize("kind", ["jsonl", "bom", "array", "gz", "utf16", "csv", "text"])
 def test_pipes_are_read_once(tmp_path, kind):
     data = {
         "jsonl": lines(TEXTS),
@@ -458,6 +483,7 @@ def test_pipes_are_read_once(tmp_path, kind):
         "array": pretty(records(TEXTS)),
         "gz": gzip.compress(lines(TEXTS)),
         "utf16": lines(TEXTS).decode().encode("utf-16"),
+        "csv": ('"id";"text"\n' + "".join(f"1;{text}\n" for text in TEXTS)).encode(),
         "text": GERMAN.encode(),
     }[kind]
     pipe = tmp_path / "pipe"

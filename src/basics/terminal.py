@@ -125,6 +125,16 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
+def _say_what_is_missing(kind, error, trace) -> None:
+    if kind is not ModuleNotFoundError:
+        return sys.__excepthook__(kind, error, trace)
+    print_error(f"{error} in {sys.executable}: run pip install -r requirements.txt there")
+    sys.exit(2)
+
+
+sys.excepthook = _say_what_is_missing
+
+
 def print_error(error: Exception | str) -> None:
     """Print "error: " and what went wrong on standard error, in red."""
     if isinstance(error, OSError) and error.strerror:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -70,6 +71,7 @@ class Distributed:
                     address, port, is_master=False, timeout=timeout
                 )
         if self.world_size > 1:
+            self._wait_for_name(os.environ["MASTER_ADDR"], timeout)
             with saying_every_minute(f"rank {self.rank} waits for the others to start"):
                 store = self._meet(timeout)
             self._wait_for_all(store, timeout)
@@ -82,6 +84,24 @@ class Distributed:
             )
 
     # -- Where they meet ---------------------------------------------------------------------------
+
+    def _wait_for_name(self, address: str, timeout: timedelta) -> None:
+        """Return when a machine's name can be resolved: a new node's may come after its processes.
+        Raise ValueError after `timeout`."""
+        begun, said = time.monotonic(), -MINUTE
+        while True:
+            try:
+                socket.getaddrinfo(address, None)
+                return
+            except OSError as error:
+                problem = f"MASTER_ADDR={address}: {error.strerror}"
+            now = time.monotonic() - begun
+            if now > timeout.total_seconds():
+                raise ValueError(f"{problem}, for {now:.0f} s; start with torchrun, or unset it")
+            if now - said > MINUTE:
+                said = now
+                print(f"rank {self.rank} waits: {problem}", file=sys.stderr, flush=True)
+            time.sleep(0.2)
 
     def _meet(self, timeout: timedelta) -> torch.distributed.Store:
         """A key-value store of this attempt alone, in rank 0's process.

@@ -229,11 +229,11 @@ def may_go_on(error: json.JSONDecodeError, text: str) -> bool:
 
 
 def csv_records(content: Content, key: str):
-    """Yield the texts of a column of CSV or TSV with a header."""
+    """Yield the texts of a column of CSV or TSV with a header; None for rows of another length."""
     csv.field_size_limit(MAX_RECORD)
     raw = io.BufferedReader(Chunks(iter(content)))
     lines = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="")
-    kept: list[str] = []  # the lines of the last record
+    kept: list[str] = []  # the lines of a record
 
     def lines_kept():
         for line in lines:
@@ -244,32 +244,20 @@ def csv_records(content: Content, key: str):
     separators = [s for s in "\t,;|" if key in next(csv.reader([header], delimiter=s), ())]
     if not header:
         return
+    separator = (separators or ["\t" if "\t" in header else ","])[0]
+    names = next(csv.reader([header], delimiter=separator))
     if not separators:
-        names = next(csv.reader([header], delimiter="\t" if "\t" in header else ","))
         raise ValueError(missing_key(content.file.path, key, names))
-    column = next(csv.reader([header], delimiter=separators[0])).index(key)
-    rows, last = csv.reader(lines_kept(), delimiter=separators[0]), None
+    column = names.index(key)
+    rows = csv.reader(lines_kept(), delimiter=separator, strict=True)
     try:
         for row in rows:
-            if last is not None:
-                yield last[column] if len(last) > column else None
-            last, before = row or None, kept[:]
             kept.clear()
-        if last is not None:
-            if quote_is_open(before, separators[0]):
-                content.rest = sum(map(len, before))
-                raise csv.Error("the file ends inside of a quoted field")
-            yield last[column] if len(last) > column else None
+            if row:
+                yield row[column] if len(row) == len(names) else None
     except csv.Error as e:
-        content.damage = content.damage or f"line {rows.line_num}: {e}"
-
-
-def quote_is_open(lines: list[str], separator: str) -> bool:
-    try:
-        list(csv.reader(lines, delimiter=separator, strict=True))
-    except csv.Error as e:
-        return "unexpected end" in str(e)
-    return False
+        content.rest = sum(map(len, kept)) + sum(map(len, lines))
+        content.damage = content.damage or f"line {rows.line_num + 1}: {e}"
 
 
 def dataset_records(file: SourceFile, key: str, skip: int):

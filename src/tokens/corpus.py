@@ -261,7 +261,8 @@ def check_columns(file: SourceFile, key: str) -> None:
 # --- Documents ------------------------------------------------------------------------------------
 
 SKIPPED = {  # documents that are not in the shards
-    "not_text": "records without a text (key absent, null or not a string; skipped)",
+    "not_text": "records without a text (key absent, null or not a string, in CSV more or fewer "
+    "fields than its header; skipped)",
     "broken_json": "lines that are not JSON (skipped; JSONL has a whole object on each line)",
 }
 COUNTS = {

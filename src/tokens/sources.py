@@ -164,7 +164,7 @@ def named_file(path: str | Path, name: str, split: str, args) -> SourceFile:
     kind, compression = classify(str(path))
     kind = args.format or kind
     if not kind:
-        raise ValueError(f"{path}: not one of {KNOWN}; add --format jsonl, text, csv or parquet")
+        raise ValueError(f"{path}: not one of {KNOWN}; unpack an archive, or give --format")
     if kind == "parquet" and compression:
         raise ValueError(f"{path}: unpack it first; Parquet is compressed inside")
     file = sign(SourceFile(str(path), name, split, kind, compression))
@@ -191,6 +191,9 @@ def walk(folder: Path) -> list[Path]:
 
 def usable(path: Path, args, left_out: dict) -> bool:
     """Say if this file of a folder is read; if not, and it may be missed, add it to `left_out`."""
+    shard = path.suffix == ".bin" or path.name == "manifest.json"
+    if shard and path.parent.resolve() == args.out.resolve():
+        return False  # of an earlier run
     if path.name.startswith(".") or BESIDE.fullmatch(path.name):
         return False
     if not path.exists():
@@ -314,6 +317,8 @@ def look_inside(file: SourceFile, raw, args) -> None:
             file.compression = "zst-long"
             with open(file.path, "rb") as again:  # the other was closed
                 head, _ = first_bytes(again, file.compression)
+    if head.startswith(b"PK\3\4") or head[257:262] == b"ustar":
+        raise ValueError(f"{file.path} is an archive: unpack it, and give the files in it")
     file.encoding = args.encoding or ""
     for mark, encoding in BOMS.items():
         if head.startswith(mark):
@@ -333,7 +338,9 @@ def look_at_text(file: SourceFile, text: str, args) -> None:
     """Set the kind of a file whose text begins like this."""
     first, newline, _ = text.partition("\n")
     if file.kind == "auto":
-        file.kind = "jsonl" if text[:1] in ("{", "[", "") else "text"
+        names = re.split(r'"?[\t,;|]"?', first.strip().strip('"'))
+        table = len(names) > 1 and args.text_key in names
+        file.kind = "jsonl" if text[:1] in ("{", "[", "") else "csv" if table else "text"
     if file.kind == "jsonl":
         spread = newline and not read_json(first)[0] and read_json(text)[1] > len(first)
         if text[:1] == "[" or (text[:1] == "{" and (spread or first.strip() == "{")):
