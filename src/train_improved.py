@@ -258,7 +258,7 @@ from tokens.tokenizer import VOCAB_SIZE
 from training import evaluation, muon, sharding
 from training.chunked_loss import chunked_cross_entropy
 from training.generation import KVCache
-from training.guard import Guard, GuardGaveUp, LossScale
+from training.guard import AdamW, Guard, GuardGaveUp, LossScale
 from training.schedule import last_stable_step, learning_rate
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
     betas = (cfg.beta1, cfg.beta2)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    adamw = AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
     if cfg.optimizer == "adamw":
         return adamw
     fused_qkv = {id(block.attn.c_attn.weight) for block in model.transformer.h}

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import train_improved as ti
-from conftest import run
+from conftest import SCRIPT, run
 from runtime import machine
 from training.memory import training_bytes
 
@@ -123,6 +124,27 @@ def test_out_of_memory_is_recognised():
     assert machine.is_out_of_memory(caught.value)
     assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not machine.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+# The kernel's count of a process begins with what held it before exec: that of this one is small.
+HELD = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, *sys.argv[1:]], check=True)
+print("held", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    "shape", ["", "--n_layer 2 --n_head 8 --n_embd 512 --seq_len 128 --micro_batch_size 1"]
+)
+def test_on_a_cpu_the_summary_says_what_is_held(tmp_path, data, shape):
+    """By a run with everything in it: evaluation, samples, histograms and a checkpoint."""
+    flags = f"{shape} --device cpu --total_batch_size 512 --max_steps 1 --use_tensorboard".split()
+    options = {"script": "-c", "before": [HELD, SCRIPT], "small": False}
+    out, _ = run(*flags, cwd=tmp_path, data=data, **options)
+    said = re.search(r"about ([\d.]+) GB of memory .* ([\d.]+) GB for the copy", out).groups()
+    held = int(re.search(r"^held (\d+)", out, re.M)[1])
+    assert sum(map(float, said)) * GB == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.parametrize("steps", [8, 5])  # whole, and a command that ends within the trace

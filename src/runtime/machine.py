@@ -222,8 +222,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def empty_cache(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
+    if device.type != "cpu":  # torch.accelerator's fails on mps before PyTorch 2.13
+        torch.get_device_module(device).empty_cache()
 
 
 # --- Remembered between runs ----------------------------------------------------------------------
