@@ -58,6 +58,20 @@ def test_memory_that_ran_out_is_remembered_for_a_day(model, monkeypatch):
     assert choose(model) == 24
 
 
+def test_the_micro_batch_is_looked_for_with_the_model_that_trains(tmp_path, data, monkeypatch):
+    seen = []
+
+    def choose(run, saved):
+        seen.append(run.model.activation_checkpointing)
+        return 1
+
+    monkeypatch.setattr(machine, "choose_micro_batch", choose)
+    monkeypatch.chdir(tmp_path)
+    given = {"model": "tiny", "data_dir": str(data), "activation_checkpointing": True}
+    run, _ = ti.set_up(given, ti.Distributed("cpu", 60.0))
+    assert seen == [True] and run.cfg.micro_batch_size == 1
+
+
 def test_a_user_without_a_home(model, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it does for such a user
