@@ -127,7 +127,9 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
         raise ValueError(
             f"--model: not even one sequence fits, training needs about {estimate(1) / 1e9:.1f} GB "
             f"and may fill {budget / 1e9:.1f} GB of the device's memory; use "
-            f"{'--shard, ' if processes > 1 else ''}a smaller --model or --seq_len"
+            f"{'--shard, ' if processes > 1 else ''}"
+            f"{'' if model.activation_checkpointing else '--activation_checkpointing, '}"
+            "a smaller --model or --seq_len"
         ) from None
 
 
