@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from basics import durable
 from checkpointing import files, run_folders
 from tokens import shards, tokenizer
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # or in the background of a script
+torch.set_num_threads(1)  # threads of several test processes wait for each other: 14 times slower
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "src" / "train_improved.py"
 # Small enough for a step of about 20 ms, in fp32 so that numbers can be compared closely.
