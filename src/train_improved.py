@@ -258,7 +258,7 @@ from tokens.tokenizer import VOCAB_SIZE
 from training import evaluation, muon, sharding
 from training.chunked_loss import chunked_cross_entropy
 from training.generation import KVCache
-from training.guard import Guard, GuardGaveUp, LossScale
+from training.guard import AdamW, Guard, GuardGaveUp, LossScale
 from training.schedule import last_stable_step, learning_rate
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
     betas = (cfg.beta1, cfg.beta2)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    adamw = AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
     if cfg.optimizer == "adamw":
         return adamw
     fused_qkv = {id(block.attn.c_attn.weight) for block in model.transformer.h}
@@ -762,6 +762,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
     torch.manual_seed(cfg.seed)
     with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
         run.model = GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    run.model.activation_checkpointing = cfg.activation_checkpointing
     if not cfg.dry_run:
         run.model.to(dist.device)
         if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
@@ -798,7 +799,6 @@ def build(run: Run, checkpoint: dict | None, outside: notify.Outside):
     """Make what a planned run trains with; return (training pass, loader, saver, monitor)."""
     cfg, dist = run.cfg, run.dist
     torch.set_float32_matmul_precision("highest" if run.dtype == torch.float32 else "high")
-    run.model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.shard and dist.world_size > 1:
         sharding.shard(run.model)
     run.optimizer = make_optimizer(run.model, cfg)
@@ -868,7 +868,7 @@ def main(command: flags.CommandLine | None = None) -> int:
     supervisor.outlived = lambda: planning.outlived(run)
     if saver is not None:
         saver.progress = supervisor.written  # a long write is no hang
-    code, how, why = 0, "finished", ""
+    code, how, why, lost = 0, "finished", "", ""
     monitor.begin(run)
     try:
         Training(run, train_model, loader, saver, monitor, supervisor).train()
@@ -883,13 +883,12 @@ def main(command: flags.CommandLine | None = None) -> int:
         raise
     loader.close()
     if saver is not None and not saver.close():
-        code = 1
-        path, reason = saver.failure
-        monitor.tell("not saved", f"ERROR {path} is NOT SAVED ({reason}): mend that, then resume")
+        code, (path, reason) = 1, saver.failure
+        lost = f"ERROR {path} is NOT SAVED ({reason}): mend that, then resume\n"
     finished = run.state.step >= run.cfg.max_steps and not evaluation_due(run.state, run.cfg)
     monitor.close(finished)
     again = planning.next_command(run, command, finished, last_stable_step(run.cfg))
-    words = summary.farewell(run, finished, again)
+    words = lost + summary.farewell(run, finished, again)
     monitor.say(words)
     monitor.leave(how, why + words, well=code != 1)
     supervisor.leave(code)

@@ -13,12 +13,12 @@ import weakref
 from pathlib import Path
 
 if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1])
+    stub = ctypes.CDLL(sys.argv[1])
     sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import numpy as np
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -114,7 +114,9 @@ class Card:
 def fake_cuda(total: float = float("inf"), shared: bool = False):
     """Tensors on "cuda" that hold nothing, on a card with `total` bytes, under a Watch."""
     FakeTensorMode.avoid_device_init = True  # although is_available() lies from here on
+    fake_tensor.init_gpu_context = lambda device: None
     torch.cuda.is_available = lambda: True
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.get_rng_state = torch.get_rng_state
     torch.cuda.set_rng_state = torch.set_rng_state = lambda state: None
@@ -179,6 +181,7 @@ def make_run(model="gpt2", micro_batch=4, accumulation=1, dtype="bfloat16", **fl
     )  # fmt: skip
     with DEVICE:
         gpt = ti.GPT(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len)
+    gpt.activation_checkpointing = cfg.activation_checkpointing
     data = Data(cfg.seq_len)
     run = ti.Run(cfg, set(), Alone(), data, data, [], getattr(torch, dtype), model=gpt)
     run.optimizer = ti.make_optimizer(gpt, cfg)
@@ -272,6 +275,7 @@ def histograms_and_checkpoint(watch) -> dict:
 
 
 if __name__ == "__main__":
+    stub.take_over()
     for line in sys.argv[2:]:
         part, options, card = json.loads(line)
         with fake_cuda(**card) as watch:

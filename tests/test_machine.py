@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import train_improved as ti
-from conftest import run
+from conftest import SCRIPT, run
 from runtime import machine
 from training.memory import training_bytes
 
@@ -55,6 +56,20 @@ def test_memory_that_ran_out_is_remembered_for_a_day(model, monkeypatch):
     assert (choose(model), choose(model, saved=12)) == (24, 12)
     machine.cache_file().write_text("no JSON")
     assert choose(model) == 24
+
+
+def test_the_micro_batch_is_looked_for_with_the_model_that_trains(tmp_path, data, monkeypatch):
+    seen = []
+
+    def choose(run, saved):
+        seen.append(run.model.activation_checkpointing)
+        return 1
+
+    monkeypatch.setattr(machine, "choose_micro_batch", choose)
+    monkeypatch.chdir(tmp_path)
+    given = {"model": "tiny", "data_dir": str(data), "activation_checkpointing": True}
+    run, _ = ti.set_up(given, ti.Distributed("cpu", 60.0))
+    assert seen == [True] and run.cfg.micro_batch_size == 1
 
 
 def test_a_user_without_a_home(model, monkeypatch):
@@ -123,6 +138,27 @@ def test_out_of_memory_is_recognised():
     assert machine.is_out_of_memory(caught.value)
     assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not machine.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+# The kernel's count of a process begins with what held it before exec: that of this one is small.
+HELD = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, *sys.argv[1:]], check=True)
+print("held", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    "shape", ["", "--n_layer 2 --n_head 8 --n_embd 512 --seq_len 128 --micro_batch_size 1"]
+)
+def test_on_a_cpu_the_summary_says_what_is_held(tmp_path, data, shape):
+    """By a run with everything in it: evaluation, samples, histograms and a checkpoint."""
+    flags = f"{shape} --device cpu --total_batch_size 512 --max_steps 1 --use_tensorboard".split()
+    options = {"script": "-c", "before": [HELD, SCRIPT], "small": False}
+    out, _ = run(*flags, cwd=tmp_path, data=data, **options)
+    said = re.search(r"about ([\d.]+) GB of memory .* ([\d.]+) GB for the copy", out).groups()
+    held = int(re.search(r"^held (\d+)", out, re.M)[1])
+    assert sum(map(float, said)) * GB == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.parametrize("steps", [8, 5])  # whole, and a command that ends within the trace

@@ -346,21 +346,25 @@ def test_skipped_updates_roll_backs_and_giving_up_are_told(tmp_path, data, serve
     assert "3 updates in a row were skipped" in last and "stopped at step" in last
 
 
-def test_memory_that_runs_out_and_a_log_on_a_full_disk_are_told(tmp_path, data, server):
+def test_memory_that_runs_out_and_what_the_disk_does_not_take_are_told(tmp_path, data, server):
+    """No file may be as large as a checkpoint: the last message says that the work is not saved."""
     service = server()
     flags = "--max_steps 8 --eval_freq 0 --sample_freq 0 --micro_batch_size 8 --run_name a"
     flags += f" --notify ntfy://127.0.0.1:{service.port}/topic"
     argv = [sys.executable, FAULTY, "memory", "3", "4", *SMALL, *flags.split(), "--data_dir", data]
+    argv = ["prlimit", "--fsize=9000000", *argv]
     ended = subprocess.run(
         [str(a) for a in argv], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
-    assert ended.returncode == 0, ended.stderr
-    assert topics(service) == ["started", "out of memory", "finished"]
+    assert ended.returncode == 1, ended.stderr
+    assert topics(service) == ["started", "out of memory", "not saved", "finished"]
+    assert "is NOT SAVED (File too large)" in json.loads(service.requests[-1][2])["message"]
     told = []
     of_log = Monitor.of_log.__get__(SimpleNamespace(tell=lambda *a: told.append(a), say=print))
     of_log("logging to x stopped (No space left on device); training goes on")
+    of_log("logging to x is back at step 261; 3162 values of steps 19 to 260 are missing")
     of_log("x held 2 event files of an earlier attempt")
-    assert [event for event, _ in told] == ["logging"]
+    assert [event for event, _ in told] == ["logging paused", "over: logging paused"]
 
 
 def test_kill_9_is_noticed_by_silence(tmp_path, data, server):

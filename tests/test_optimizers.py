@@ -1,11 +1,13 @@
 """Optimizers and schedules: the formulas, and that every pair of them resumes exactly."""
 
+import copy
 import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import train_improved as ti
 from conftest import run
@@ -200,6 +202,33 @@ def test_moments_made_before_the_first_step_change_nothing(name):
             optimizer.step()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_fused_kernel_that_does_not_look_at_the_verdict(monkeypatch, name):
+    """That of mps does not: what is skipped there is skipped by the host."""
+    kernel = torch._fused_adamw_
+
+    def blind(*args, found_inf, **kwargs):
+        kernel(*args, found_inf=None, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", blind)
+    monkeypatch.setattr(ti.AdamW, "LOOK", ())
+    model = small_model()
+    optimizer = ti.make_optimizer(model, config(optimizer=name))
+    dist = SimpleNamespace(device=torch.device("cpu"))
+    ti.make_moments(SimpleNamespace(model=model, optimizer=optimizer, dist=dist))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    gradients(model, 0)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for bad, same in ((1.0, True), (0.0, False)):
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+        after = (model.state_dict(), optimizer.state_dict())
+        for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
+            if isinstance(old, torch.Tensor):
+                assert torch.equal(old, new) == same
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -183,8 +183,12 @@ class Monitor:
 
     def of_log(self, text: str) -> None:
         """Take a word from a log: that it stopped at a full disk, and that it is back, is told."""
-        paused = " stopped (" in text or " is back " in text
-        self.tell("logging", text) if paused else self.say(text)
+        if " stopped (" in text:
+            self.tell("logging paused", text)
+        elif " is back " in text:
+            self.tell("over: logging paused", text)
+        else:
+            self.say(text)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.tensorboard.scalars(values, step)

@@ -417,7 +417,7 @@ class Outside:
         """Take a finished step into account; `numbers()` is the text of a digest."""
         self.heartbeat.step()
         if news := self.slowdown.step(seconds):
-            self.tell("slow", news, step)
+            self.tell("over: slow" if news.startswith("over") else "slow", news, step)
         if step % self._spacing == 0 and math.isfinite(loss):
             self._losses.append((step, loss))
         if len(self._losses) > self.POINTS:  # from now on every second, fourth ... loss

@@ -80,13 +80,12 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
     """Return the largest divisor of a process' sequences per step that fits into memory.
 
     run: train_improved.Run. saved: the checkpoint's, which counts unless memory ran out with it
-    lately. On CUDA the size is found by running the model, and remembered; elsewhere, and for a
-    model on the meta device, by the estimate. Raise ValueError if not even one sequence fits.
+    lately. On CUDA the size is found by running the model; elsewhere, and for a model on the meta
+    device, by the estimate. Raise ValueError if not even one sequence fits.
     """
     model, device, processes = run.model, run.dist.device, run.dist.world_size
     sequences = run.cfg.total_batch_size // model.seq_len // processes
-    key = _key(model, device, run.dtype)
-    known, shortage = _recall(key)
+    shortage = _recall_shortage(_key(model, device, run.dtype))
     sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
     if shortage:
         sizes = [n for n in sizes if n <= shortage]
@@ -95,8 +94,6 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
     # Beyond that a GPU is busy anyway, and the caches of a CPU lose.
     most = 4096 if device.type == "cpu" else 65_536
     sizes = [n for n in sizes if n * model.seq_len <= most] or [1]
-    if known:
-        return max(n for n in sizes if n <= max(1, known))
     budget = memory_budget(device, processes)
 
     def estimate(n: int) -> int:
@@ -123,17 +120,17 @@ def choose_micro_batch(run, saved: int | None = None) -> int:
         if shared and estimate(1) > budget:  # there too much does not raise, it freezes the host
             raise torch.OutOfMemoryError
         with _no_more_than(budget, device):
-            size = _search(sizes, budget, estimate, measure)
+            return _search(sizes, budget, estimate, measure)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(
             f"--model: not even one sequence fits, training needs about {estimate(1) / 1e9:.1f} GB "
             f"and may fill {budget / 1e9:.1f} GB of the device's memory; use "
-            f"{'--shard, ' if processes > 1 else ''}a smaller --model or --seq_len"
+            f"{'--shard, ' if processes > 1 else ''}"
+            f"{'' if model.activation_checkpointing else '--activation_checkpointing, '}"
+            "a smaller --model or --seq_len"
         ) from None
-    _remember(key, size=size)
-    return size
 
 
 def _search(sizes: list[int], budget: float, estimate, measure) -> int:
@@ -222,8 +219,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def empty_cache(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
+    if device.type != "cpu":  # torch.accelerator's fails on mps before PyTorch 2.13
+        torch.get_device_module(device).empty_cache()
 
 
 # --- Remembered between runs ----------------------------------------------------------------------
@@ -237,44 +234,40 @@ def _key(model, device: torch.device, dtype: torch.dtype) -> str:
         properties = torch.cuda.get_device_properties(device)
         name = f"{properties.name} {properties.total_memory / 1e9:.0f} GB"
     shape = f"{model.n_layer}x{model.n_embd}x{model.seq_len}"
+    shape += " recomputing" * model.activation_checkpointing
     return f"{name}, torch {torch.__version__}, {shape}, {dtype}"
 
 
 def cache_file() -> Path:
-    """Return where sizes are remembered; without a home, among the temporary files."""
+    """Return where shortages are remembered; without a home, among the temporary files."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):  # neither HOME nor an entry in the list of users
         home = os.path.join(tempfile.gettempdir(), f"train_improved-{os.getuid()}")
     return Path(home, "train_improved", "micro_batch.json")
 
 
-def _recall(key: str) -> tuple[int | None, int | None]:
-    """Return the size that was found, and the one left by an out-of-memory of the last day."""
+def _recall_shortage(key: str) -> int | None:
+    """Return the size that an out-of-memory of the last day has left."""
     try:
         entry = json.loads(cache_file().read_text())[key]
-        fresh = time.time() - entry.get("at", 0) < SHORTAGE_SECONDS
-        return entry.get("size"), entry.get("shortage") if fresh else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None, None
-
-
-def _remember(key: str, **values) -> None:
-    path = cache_file()
-    try:
-        try:
-            known = dict(json.loads(path.read_text()))
-            entry = dict(known.get(key, {}))
-        except (OSError, ValueError, TypeError):
-            known, entry = {}, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, json.dumps(known | {key: entry | values}, indent=1).encode() + b"\n")
-    except OSError:
-        pass  # then it is found again next time
+        return entry["shortage"] if time.time() - entry["at"] < SHORTAGE_SECONDS else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def remember_shortage(model, device: torch.device, dtype: torch.dtype, size: int) -> None:
     """Have the next runs take no more than `size`, for a day."""
-    _remember(_key(model, device, dtype), shortage=size, at=time.time())
+    path, key = cache_file(), _key(model, device, dtype)
+    try:
+        try:
+            known = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            known = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known[key] = {"shortage": size, "at": time.time()}
+        durable.write(path, json.dumps(known, indent=1).encode() + b"\n")
+    except OSError:
+        pass  # then memory runs out once more
 
 
 # --- Speed ----------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""What keeps one bad batch from ruining a run: the verdict on each step, and loss scaling."""
+"""What keeps one bad batch from ruining a run: the verdict on each step, an update that can be
+skipped, and loss scaling."""
 
 import math
 
@@ -49,6 +50,24 @@ class Guard:
             return f"loss {loss:.4f} or its gradient norm is not finite: update skipped"
         state.recent_losses = [*state.recent_losses, loss][-self.WINDOW :]
         return None
+
+
+class AdamW(torch.optim.AdamW):
+    """Fused AdamW that leaves weights and moments alone where `found_inf` is not 0, on all devices.
+
+    The kernels of LOOK do so by themselves. That for mps takes `found_inf` and does not look at it
+    (PyTorch's FusedAdamWKernelImpl.mm), so there the host waits for the verdict.
+    """
+
+    LOOK = ("cpu", "cuda")
+    found_inf: torch.Tensor | None = None  # (), on the device
+
+    def step(self, closure=None):
+        """Make one update. The first makes the moments, whatever the verdict (make_moments)."""
+        bad = self.found_inf
+        if bad is not None and bad.device.type not in self.LOOK and self.state and bad:
+            return None
+        return super().step(closure)
 
 
 class LossScale:
