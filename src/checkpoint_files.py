@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from basics import terminal, words
 from checkpointing.files import CheckpointError, read_info, verify
 from checkpointing.run_folders import list_checkpoints, run_folders, saved_at

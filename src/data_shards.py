@@ -6,13 +6,15 @@
 The files themselves: tokens/shards.py.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from basics import terminal  # says what is not installed
 
 # isort: split
 import itertools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 

@@ -23,6 +23,7 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from basics import durable, terminal, words
 from checkpointing import files as checkpoint_files
 from checkpointing import pretrained

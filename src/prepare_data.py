@@ -36,6 +36,10 @@ Exit codes: 0 done; 2 wrong usage, bad input, disk full; 129/130/143 stopped by 
 SIGTERM.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from basics import terminal  # says what is not installed
 
 # isort: split
@@ -50,10 +54,8 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from tqdm import tqdm
 

@@ -11,6 +11,10 @@ may come from other programs: what a run has not logged is left out.
 Sections: Comparison · Table · Page · Report · The command
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from basics import terminal  # before anything that opens files
 
 # isort: split
@@ -24,10 +28,8 @@ import itertools
 import math
 import re
 import socket
-import sys
 import time
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 

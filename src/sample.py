@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from basics import terminal
 from checkpointing import run_folders
 from runtime.flags import check_ranges, flag, parse_flags

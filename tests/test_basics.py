@@ -227,6 +227,19 @@ def test_every_command_has_the_same_manners(command, tmp_path):
     assert "Traceback" not in wrong.stderr and wrong.stdout == ""
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_find_their_modules_and_miss_their_folder(command, tmp_path):
+    """With PYTHONSAFEPATH the script's own folder is not on the path; a working folder can go."""
+    env = os.environ | {"PYTHONSAFEPATH": "1"}
+    env.pop("PYTHONPATH", None)
+    program = [sys.executable, SRC / f"{command}.py", "--help"]
+    assert subprocess.run(program, env=env, capture_output=True).returncode == 0
+    gone = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *program]
+    done = subprocess.run(gone, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the working folder is not there any more: cd to another one\n"
+
+
 def test_a_package_that_is_not_installed_is_a_sentence():
     """As after a git clone, or with another Python than the one of the environment."""
     for command in set(COMMANDS) - {"checkpoint_files", "hellaswag"}:  # whose --help needs none

@@ -33,6 +33,12 @@ for _number, _name in enumerate(("stdin", "stdout", "stderr")):
             os.set_inheritable(_number, True)
             setattr(sys, _name, os.fdopen(_number, "w" if _number else "r", closefd=False))
 
+try:
+    os.getcwd()
+except FileNotFoundError:  # PyTorch's libraries would end the process with a riddle
+    print("error: the working folder is not there any more: cd to another one", file=sys.stderr)
+    sys.exit(2)
+
 # --- Output ---------------------------------------------------------------------------------------
 
 _GONE = (errno.EPIPE, errno.EIO)  # nobody reads it any more, or the terminal was closed
