@@ -42,13 +42,14 @@ def losses(folder, name="a") -> dict[int, float]:
     return dict(values)
 
 
-def wait_for_what_is_saved(nodes, why: str) -> None:
-    """Until rank 0, on node 1, has said why it stops, and has the file of the step it came to."""
-    stops = re.compile(
-        rf"{re.escape(why)}: saving and leaving.*?stopped at step (\d+) of", re.DOTALL
-    )
-    nodes.wait_for(lambda: stops.search(nodes.said(1)))
-    step = int(stops.search(nodes.said(1))[1])
+def sigterm(nodes, i: int) -> None:
+    """SIGTERM for torchrun of node i; rank 0, on node 1, says so and has the file of its step."""
+    before = len(nodes.said(1))
+    nodes.processes[i].send_signal(signal.SIGTERM)
+    who = "" if i == 1 else r" \(rank 1\)"
+    pattern = rf"(?s)received SIGTERM{who}: saving and leaving.*?stopped at step ([\d,]+) of"
+    nodes.wait_for(lambda: re.search(pattern, nodes.said(1)[before:]))
+    step = int(re.search(pattern, nodes.said(1)[before:])[1].replace(",", ""))
     assert (nodes.disk(1) / "ck" / "a" / f"step_{step:08}.pt").exists(), nodes.story()
 
 
@@ -85,13 +86,12 @@ def test_a_worker_that_is_killed_comes_back_on_its_machine(nodes, data):
     came_to = max(losses(nodes.disk(1)))
     nodes.wait_for(lambda: max(losses(nodes.disk(1))) > came_to + 3)
     assert "2 process(es)" in nodes.said(1).split("resuming from")[1]
-    nodes.processes[2].send_signal(signal.SIGTERM)
-    wait_for_what_is_saved(nodes, "received SIGTERM (rank 1)")
+    sigterm(nodes, 2)
 
 
 @pytest.mark.parametrize("nodes", [{"count": 3, "shared": True}], indirect=True)
 def test_three_machines_one_is_lost_and_comes_back(nodes, data, alone):
-    """Whoever is there goes on by itself, on the same batches. SIGTERM on rank 0's machine saves."""
+    """Whoever is there goes on by itself, on the same batches; SIGTERM to rank 0's saves."""
     flags = ["--data_dir", data, *SAME, "--max_steps", 5000, "--checkpoint_freq", 5]
     for i in (1, 2, 3):
         nodes.start(i, *flags, nnodes="1:3", restarts=5)
@@ -102,8 +102,7 @@ def test_three_machines_one_is_lost_and_comes_back(nodes, data, alone):
     nodes.start(3, *flags, nnodes="1:3", restarts=5)
     nodes.wait_for(lambda: nodes.said(1).count("3 process(es)") == 2)
     nodes.wait_for(lambda: max(losses(nodes.local)) > len(alone))
-    nodes.processes[1].send_signal(signal.SIGTERM)
-    wait_for_what_is_saved(nodes, "received SIGTERM")
+    sigterm(nodes, 1)
     found = losses(nodes.local)
     assert {step: found[step] for step in alone} == pytest.approx(alone, rel=1e-4)
 
