@@ -78,7 +78,9 @@ class Nodes:
         torchrun = (
             f"--nnodes {nnodes or self.count} --nproc_per_node 1 --max-restarts {restarts} "
             f"--rdzv_backend c10d --rdzv_endpoint 10.77.0.{host}:29400 --rdzv_id x --local_addr "
-            f"10.77.0.{i} --rdzv_conf is_host={int(i == host)},last_call_timeout=5"
+            f"10.77.0.{i} --rdzv_conf "
+            # dead after 3 s; cut off it waits for the link (docs/SEVERAL_MACHINES.md)
+            f"is_host={int(i == host)},last_call_timeout=5,keep_alive_interval=1,read_timeout=1200"
         )
         words = [sys.executable, "-m", "torch.distributed.run", *torchrun.split(), SCRIPT, *FLAGS]
         words += ["--tensorboard_dir", self.local / "runs", "--checkpoint_dir", self.local / "ck"]

@@ -31,8 +31,13 @@ LONG = [*QUIET, "--max_steps", "100000", "--checkpoint_freq", "0"]
 
 
 def workers_of(process) -> list[int]:
+    """Process ids of torchrun's workers by rank; by number they need not be, once those wrap."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+
+    def rank(pid: int) -> int:
+        return int(re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())[1])
+
+    return sorted(map(int, found.stdout.split()), key=rank)
 
 
 def faulty(kind, first, last, *flags, expect=0, **options):
@@ -144,7 +149,7 @@ def test_a_rank_that_is_stopped_ends_in_bounded_time_with_the_stacks_of_the_othe
     flags = [*LONG, "--total_batch_size", "384", "--hang_timeout", "4"]
     process = start(*flags, cwd=tmp_path, data=data, nproc=3)
     wait_for_step(process, 3)
-    stopped = sorted(workers_of(process))[1]
+    stopped = workers_of(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     seen = []
     for line in process.stderr:

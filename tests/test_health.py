@@ -434,12 +434,12 @@ def test_a_process_that_holds_up_the_others_is_named(tmp_path, data, mode):
     flags = [*flags.split(), "--total_batch_size", 64, mode]
     process = start(*flags, cwd=tmp_path, data=data, nproc=2)
     wait_for_step(process, 1)
-    worker, over = max(workers_of(process)), threading.Event()
+    worker, over = workers_of(process)[1], threading.Event()
 
     def slow():
         while not over.wait(0.02):
             os.kill(worker, signal.SIGSTOP)
-            time.sleep(0.1)
+            time.sleep(0.06)
             os.kill(worker, signal.SIGCONT)
 
     slowing = threading.Thread(target=slow)

@@ -142,6 +142,7 @@ def test_empty_variables_count_as_not_set(variables):
     [
         ("--nnodes=1:3", {}, ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "--rdzv_id=NAME"]),
         ("--nnodes 1:3", {"TORCHELASTIC_RUN_ID": "x"}, ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]),
+        ("--nnodes=1:3", {"TORCHELASTIC_RUN_ID": "x"}, ["--rdzv_conf=read_timeout=1200"]),
         ("--nnodes=2", {}, []),
     ],
 )

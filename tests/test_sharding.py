@@ -61,7 +61,7 @@ def test_signals_to_one_rank_are_for_all(tmp_path, data):
     flags = [*FLAGS, "--max_steps", 5000, "--checkpoint_freq", 0, "--run_name", "a", "--shard"]
     process = start(*flags, cwd=tmp_path, data=data, nproc=2)
     wait_for_step(process, 5)
-    worker = max(workers_of(process))
+    worker = workers_of(process)[1]
     os.kill(worker, signal.SIGUSR1)
     for line in process.stdout:
         if "SIGUSR1, saving" in line:

@@ -147,13 +147,16 @@ def what_elastic_needs(env) -> str:
     """Return what torchrun wants to be told beside --nnodes=MIN:MAX, in a sentence; "" if nothing.
 
     PyTorch 2.13 tells a machine that joins later the address of a store that is gone, unless its
-    machines share none; then only the name of the job says which run a restart goes on with.
+    machines share none; then only the name of the job says which run a restart goes on with. One
+    whose link is back after a time-out of torchrun's closes the rendezvous, for good and for all.
     """
-    nodes = re.search(r"--nnodes[= ](\d+):(\d+)", " ".join(_typed_to_torchrun()))
+    typed = " ".join(_typed_to_torchrun())
+    nodes = re.search(r"--nnodes[= ](\d+):(\d+)", typed)
     if nodes is None or nodes[1] == nodes[2]:
         return ""
     wanted = [] if env.get(SHARE) == "1" else [f"export {SHARE}=1 before torchrun"]
     wanted += ["--rdzv_id=NAME"] if env.get("TORCHELASTIC_RUN_ID") == "none" else []
+    wanted += [] if "read_timeout=" in typed else ["--rdzv_conf=read_timeout=1200"]
     needs = f"torchrun {nodes[0]} takes machines back only with {' and '.join(wanted)}"
     return f"{needs}, on all of them: see docs/SEVERAL_MACHINES.md" if wanted else ""
 
