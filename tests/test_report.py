@@ -215,8 +215,9 @@ def test_headline_of_a_real_run(real):
 def test_headline_of_a_run_that_goes_on(tmp_path):
     folder = tmp_path / "run"
     log = TensorBoardLog(folder, 0)
+    more = {"Performance/tokens_per_sec": 1000.0, "Performance/mfu": 1.19}
     for step in range(1, 51):
-        log.scalars(STEP | {"Health/warnings": 1.0, "Training/skipped_updates": 2.0}, step)
+        log.scalars(STEP | more | {"Health/warnings": 1.0, "Training/skipped_updates": 2.0}, step)
     texts = [
         "WARNING step 10: loss flat: fall = 0.0 nats; begins below 0.010. Lower --max_lr.",
         "WARNING step 20: gradient clipped nearly always: share = 99%; begins above 95%. See.",
@@ -229,7 +230,8 @@ def test_headline_of_a_run_that_goes_on(tmp_path):
     found = load(folder)
     assert found.warnings() == [texts[1].removeprefix("WARNING ")]
     text = report.headline(found, 5, found.last_time + 5)
-    for part in ("training</b>", "step 50 of 1,050 (5%)", "remaining", "50 s", "2 updates skipped"):
+    for part in ("training</b>", "step 50 of 1,050 (5%)", "remaining", "50 s", "2 updates skipped",
+                 "MFU 119.0%, of a peak measured under load"):  # fmt: skip
         assert part in text, part
     assert "silent" in report.state_of(found, found.last_time + 3600)
 
