@@ -151,6 +151,8 @@ def run_facts(checkpoint: dict) -> dict[str, str]:
         "training time": f"{words.duration(state['train_seconds'])} on {made_on['world_size']} x "
         f"{made_on['device_type']}, {config['dtype']}",
     }
+    if joules := state.get("watt_seconds"):
+        facts["energy"] = f"{joules / 3.6e6:.3g} kWh, of the devices"
     if state.get("changes"):
         facts["changed on the way"] = "; ".join(state["changes"])
     if math.isfinite(state["validation_loss"]):

@@ -294,6 +294,21 @@ def test_what_is_no_whole_gpt2_is_a_sentence(write, words, theirs, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", None])
+def test_a_foreign_checkpoint_says_what_makes_it_readable(key, model, tmp_path):
+    """nanoGPT's ckpt.pt (compiled, with nn.Linear's layout), Lightning's, a bare dict."""
+    weights = {f"_orig_mod.{name}": t for name, t in model.state_dict().items()}
+    path = tmp_path / "my ckpt.pt"
+    torch.save({key: weights, "iter_num": 5} if key else weights, path)
+    with pytest.raises(ValueError, match="another program wrote it; if it is nanoGPT's") as error:
+        pretrained.read_pretrained(str(path))
+    command, into = re.search("Lightning's: (.*), then name (.*)", str(error.value)).groups()
+    python = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(python, shell=True, check=True)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert_equal_weights(pretrained.read_pretrained(into)[1], model)
+
+
 def test_added_rows_and_foreign_tensors_are_left_out_and_listed(model, tmp_path):
     tensors = {f"transformer.{k}": v for k, v in openai_tensors(model).items()}
     wte = torch.cat([tensors["transformer.wte.weight"], torch.ones(47, 16)])

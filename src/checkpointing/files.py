@@ -43,6 +43,9 @@ TEMPORARY_NAME = re.compile(r"\.tmp-(step_[0-9]{8,}\.pt|\.?write-test)-[0-9]+|\.
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+FOREIGN = "has no checksum of this program: another program wrote it"
+
+
 class CheckpointError(ValueError):
     """Says which file cannot be used as a checkpoint, and the reason."""
 
@@ -253,7 +256,7 @@ def _read_comment(path: Path, file) -> tuple[int, bytes, dict]:
     comment = end[EOCD_LEN:]
     text, digest = comment[:-DIGEST_LEN], comment[-DIGEST_LEN:]
     if not (text.startswith(MARK) and text.endswith(SEAL)):
-        raise CheckpointError(path, "has no checksum of this program: another program wrote it")
+        raise CheckpointError(path, FOREIGN)
     try:
         info = json.loads(text[len(MARK) : -len(SEAL)])
     except ValueError:

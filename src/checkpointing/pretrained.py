@@ -227,7 +227,14 @@ def _check_tensors(found: dict, shape: dict) -> None:
 
 
 def _from_checkpoint_file(path: Path) -> tuple[dict, dict, list[str]]:
-    checkpoint = files.load(path)
+    try:
+        checkpoint = files.load(path)
+    except files.CheckpointError as e:
+        if e.reason != files.FOREIGN:
+            raise
+        into = str(path.with_suffix(".safetensors"))
+        raise ValueError(f"{e}; if it is nanoGPT's or Lightning's: {_rewritten(path, into)}, then "
+                         f"name {into}") from None  # fmt: skip
     shape, weights = from_checkpoint(checkpoint, path)
     return shape, weights, [f"{path}, step {checkpoint['step']:,}"]
 
@@ -245,6 +252,16 @@ def from_checkpoint(checkpoint: dict, path) -> tuple[dict, dict]:
     if checkpoint.get("tokenizer", fingerprint()) != fingerprint():
         raise ValueError(f"{path} was trained with another tokenizer: ids would mean other text")
     return shape, weights
+
+
+def _rewritten(path: Path, into: str) -> str:
+    """Return the command that writes the tensors of torch.save's file as safetensors."""
+    return _python(
+        "import torch, safetensors.torch as s; "
+        f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+        "d = d.get('model', d.get('state_dict', d)); "
+        f"s.save_file({{k: v.clone().contiguous() for k, v in d.items()}}, {into!r})"
+    )
 
 
 # --- Hugging Face folders -------------------------------------------------------------------------
