@@ -286,6 +286,20 @@ def test_a_digest_has_numbers_bests_and_a_chart(server):
     assert all(body.startswith(b"\x89PNG") for _, _, body in service.requests)
 
 
+def test_a_digest_that_was_held_back_leaves_the_bests_for_the_next(server):
+    service, now = server(), [0.0]
+    target = f"json://127.0.0.1:{service.port}/"
+    outside, _ = opened(target, clock=lambda: now[0], notify_every="1m")
+    for minute in range(1, 13):  # sent after 1 and after 11; what is best at 2 waits for 11
+        now[0] = 60.0 * minute
+        if minute == 2:
+            outside.best("HellaSwag", 7, 0.3)
+        outside.step(minute, 3.0, 0.1, lambda: "numbers")
+    wait_until(lambda: len(service.requests) == 2)
+    first, second = (json.loads(body)["message"] for _, _, body in service.requests)
+    assert "HellaSwag" not in first and "new best HellaSwag: 0.3000 at step 7" in second
+
+
 @pytest.mark.parametrize("text", ["", "24", "0h", "1w", "-1h", "h"])
 def test_periods_that_mean_nothing_are_refused(text):
     with pytest.raises(ValueError, match="--notify_every"):

@@ -390,15 +390,15 @@ class Outside:
         self._losses: list[tuple[int, float]] = []
         self._best: dict[str, str] = {}  # what became best since the last digest
 
-    def tell(self, event: str, text: str, step: int, draw: Draw | None = None) -> None:
-        """Send a message, or count it. Never waits, never raises."""
+    def tell(self, event: str, text: str, step: int, draw: Draw | None = None) -> bool:
+        """Send a message, or count it; return whether it was sent. Never waits, never raises."""
         now = self._clock()
         self._allowed = min(self.BURST, self._allowed + (now - self._filled) / self.REFILL)
         self._filled = now
         lately = now - self._sent.get(event, -math.inf) < self.AGAIN
         if event not in self.ALWAYS and (lately or self._allowed < 1):
             self._held[event] += 1
-            return
+            return False
         self._allowed -= 1
         self._sent[event] = now
         if self._held:
@@ -407,6 +407,7 @@ class Outside:
             self._held.clear()
         for sender in self._senders:
             sender.put(Message(self.run, event, text, step, draw))
+        return True
 
     def start(self, event: str, text: str, step: int) -> None:
         """Tell that training begins."""
@@ -425,8 +426,8 @@ class Outside:
         if self._clock() - self._digest >= self._every:
             self._digest, losses = self._clock(), list(self._losses)
             text = "\n".join([numbers(), *self._best.values()])
-            self._best.clear()
-            self.tell("digest", text, step, lambda path: draw_losses(losses, path))
+            if self.tell("digest", text, step, lambda path: draw_losses(losses, path)):
+                self._best.clear()
 
     def best(self, name: str, step: int, value: float) -> None:
         """Keep a new best value for the next digest."""
