@@ -863,9 +863,9 @@ def main(command: flags.CommandLine | None = None) -> int:
             raise
         print("error: another process ended while this one was starting", file=sys.stderr)
         return 1
-    supervisor = Supervisor(
-        dist.rank, dist.world_size, dist.peers, run.cfg.hang_timeout, run.cfg.max_hours
-    )
+    limits = run.cfg.hang_timeout, run.cfg.max_hours
+    supervisor = Supervisor(dist.rank, dist.world_size, dist.peers, *limits)
+    supervisor.tell = lambda event, text: monitor.leave(event, text, well=False)
     supervisor.outlived = lambda: planning.outlived(run)
     if saver is not None:
         saver.progress = supervisor.written  # a long write is no hang

@@ -132,10 +132,13 @@ def test_killed_in_an_evaluation_and_resumed_equals_uninterrupted(tmp_path, data
     assert ours == theirs
 
 
-def test_a_hang_ends_with_stacks(tmp_path, data):
+def test_a_hang_ends_with_stacks_and_is_told(tmp_path, data):
     flags = "--max_steps 12 --eval_freq 4 --run_name a --hang_timeout 5".split()
+    flags += ["--notify", 'cmd: (echo "$NOTIFY_EVENT, step $NOTIFY_STEP"; cat) > last']
     _, err = faulty("hang", 4, 4, *flags, cwd=tmp_path, data=data, expect=1)
     assert "no progress for 5 s (--hang_timeout)" in err and "faulty_validation_loss" in err
+    told = (tmp_path / "last").read_text()
+    assert told.startswith("hung, step 4\nno progress for 5 s (--hang_timeout)")
 
 
 def test_a_rank_that_dies_ends_the_others_with_the_work_saved(tmp_path, data):

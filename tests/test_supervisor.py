@@ -84,12 +84,15 @@ def test_sigusr1_asks_for_a_save_and_nothing_else():
     end(process, 143)
 
 
-def test_a_second_sigint_leaves_at_once():
-    process = program(BEGIN + "s = supervisor.Supervisor()\n" + READY + "time.sleep(60)")
+def test_in_a_long_operation_the_first_sigint_is_answered_and_a_second_leaves_at_once():
+    """As in a backward pass of a large model on a CPU: until it ends no handler of Python runs."""
+    long = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8)"
+    process = program(BEGIN + "s = supervisor.Supervisor()\n" + READY + long)
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
     process.send_signal(signal.SIGINT)  # the same Ctrl-C, by way of torchrun
-    time.sleep(0.5)
+    assert process.stderr.readline() == "\n"
+    assert "received SIGINT: waiting for the pass under way" in process.stderr.readline()
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert "leaving at once" in end(process, 130)[1]

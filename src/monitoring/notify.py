@@ -134,7 +134,7 @@ def command_sender(line: str) -> Send:
 
 # What services show in another colour.
 KINDS = {"warning": "warning", "finished": "success", "over": "success"}
-KINDS |= dict.fromkeys(("gave up", "crashed", "not saved"), "failure")
+KINDS |= dict.fromkeys(("gave up", "crashed", "hung", "not saved"), "failure")
 
 
 def apprise_sender(about: str, address: str) -> Send:
@@ -358,7 +358,7 @@ class Outside:
 
     BURST, REFILL = 10, 60.0  # messages at once; seconds until one more may go
     AGAIN = 600.0  # seconds between two messages of one kind
-    ALWAYS = ("started", "resumed", "finished", "stopped", "gave up", "crashed")
+    ALWAYS = ("started", "resumed", "finished", "stopped", "gave up", "crashed", "hung")
     FAREWELL = 10.0  # seconds that the end of the program waits for the last message
     POINTS = 400  # of the digest's chart
 

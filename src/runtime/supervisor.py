@@ -19,7 +19,7 @@ watching thread ends them once rank 0 has said that it is done.
 |                                         | and the work since the last checkpoint is lost         |
 | torchrun itself was killed              | noticed by the change of parent: as SIGTERM            |
 | the run's folder has another owner      | this one leaves with 1 and saves nothing               |
-| no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, exit 1                  |
+| no progress for `hang_timeout` seconds  | stacks of all ranks on stderr, told, exit 1            |
 | terminal or pipe of the output is gone  | what is printed is dropped, training goes on           |
 """
 
@@ -39,6 +39,7 @@ from basics import terminal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK = 0.2  # seconds between looks of the watching thread
 _SAME_PRESS = 0.3  # seconds within which two SIGINT are one Ctrl-C that came by two ways
+_PATIENCE = 3.0  # seconds until it is said why a signal has not ended the run yet
 _GRACE = 5.0  # seconds for the other processes to react
 _LAST_WAIT = 25.0  # seconds that rank 0 has to save when another process is silent
 _STARTED = time.monotonic()
@@ -51,15 +52,15 @@ _STOP, _LEFT, _SAVE, _HANG, _WRITTEN = (
 
 
 Poll = Callable[[], None]  # called often: notices signals, may raise
-_at_work = False  # there is a Supervisor, which has the work saved first
+_at_work: "Supervisor | None" = None  # which has the work saved first
 
 
 def begin() -> None:
     """Take the signals, before the slow imports. Until there is a Supervisor a signal ends the
     program at once, without a traceback, and SIGUSR1 has nothing to save.
 
-    A thread hears of signals: the main thread may wait in C++ for another process that never
-    comes, where Python runs no handler.
+    A thread hears of signals: the main thread may be in C++ for long, in a backward pass or waiting
+    for another process that never comes, where Python runs no handler.
     """
     for number in (*_honoured(), signal.SIGUSR1):
         signal.signal(number, lambda number, frame: None)
@@ -71,9 +72,12 @@ def begin() -> None:
 
 
 def _hear(pipe: int) -> None:
-    while number := os.read(pipe, 1):
-        if not _at_work and number[0] in _honoured():
-            os._exit(128 + number[0])
+    while heard := os.read(pipe, 1):
+        number = heard[0]
+        if _at_work is not None:
+            _at_work.take(number)
+        elif number in STOP_SIGNALS:
+            os._exit(128 + number)
 
 
 def _honoured() -> list[signal.Signals]:
@@ -130,19 +134,19 @@ class Supervisor:
         self._leaving = self._told = False
         self._stop: tuple[int, str] | None = None
         self._save = False
-        self._first_sigint = None
+        self._asked: float | None = None  # when a signal asked to stop, until that is answered
+        self._first_sigint: float | None = None
         # Only torchrun is watched: a shell may end, with nohup it is meant to.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._deadline = None if max_hours is None else _STARTED + 3600 * max_hours
         self._beat, self._pieces = time.monotonic(), 0
+        self.tell: Callable[[str, str], None] = lambda event, text: None  # those who do not look
         self.outlived: Callable[[], str | None] = lambda: None  # who else writes to our folders now
         self._look_at = 0.0
         self._closed = threading.Event()
         self._pids = self._share_pids()
         global _at_work
-        _at_work = True
-        self._old_handlers = {n: signal.signal(n, self._on_stop) for n in _honoured()}
-        self._old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
+        _at_work = self
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
         if peers is not None:
@@ -218,30 +222,29 @@ class Supervisor:
         self.close()
 
     def close(self) -> None:
-        """Stop watching and give the signals back."""
+        """Stop watching: the next signal ends the program at once."""
         global _at_work
-        _at_work = False
+        _at_work = None
         self._closed.set()
         if self.peers is not None:
             self.peers.close()
         self._thread.join()
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
 
-    # Signal handlers only set flags: they run between two byte codes of the main thread.
-
-    def _on_stop(self, number, frame):
+    def take(self, number: int) -> None:
+        """Take a signal, from the thread that hears of them."""
         now = time.monotonic()
+        if number == signal.SIGUSR1:
+            self._save = True
+        if number not in STOP_SIGNALS:
+            return
         if number == signal.SIGINT:
             if self._first_sigint is not None and now - self._first_sigint > _SAME_PRESS:
                 os.write(2, b"\nsecond Ctrl-C: leaving at once, without a checkpoint\n")
                 os._exit(128 + number)
             self._first_sigint = self._first_sigint or now
         if self._stop is None:
+            self._asked = now
             self._stop = (128 + number, f"received {signal.Signals(number).name}")
-
-    def _on_save(self, number, frame):
-        self._save = True
 
     def _share_pids(self) -> dict[int, int]:
         """Return {rank: process id} of the other ranks on this host."""
@@ -264,6 +267,10 @@ class Supervisor:
             if now - last_tick > 10 * _TICK + 3:  # this process itself was stopped (Ctrl-Z)
                 self._beat = now
             last_tick = now
+            if self._asked is not None and now - self._asked > _PATIENCE:
+                self._asked = None
+                if self.rank == 0 and not self._leaving:
+                    self._say_what_it_waits_for()
             if now - self._beat > self.hang_timeout:
                 self._die_of_hang()
             gone = self._launcher is not None and os.getppid() != self._launcher
@@ -272,6 +279,12 @@ class Supervisor:
             waited = 0 if self._lost_since is None else now - self._lost_since
             if waited > min(_LAST_WAIT, self.hang_timeout) and not self._leaving:
                 self._end_for(f"{self.peers.lost} and this process waits for it")
+
+    def _say_what_it_waits_for(self):
+        text = "waiting for the pass under way to end (or its compilation), then saving"
+        if self._first_sigint is not None:
+            text += "; a second Ctrl-C leaves at once, without"
+        print(f"\n{self._stop[1]}: {text}", file=sys.stderr, flush=True)
 
     # -- with the others: in the threads of peers.Peers --------------------------------------------
 
@@ -285,7 +298,14 @@ class Supervisor:
 
     def _end_for(self, who: str):
         print(f"rank {self.rank}: {who}, this process ends", file=sys.stderr)
-        end(self._stop[0] if self._stop else 1)  # the main thread may be stuck in a collective
+        self._tell_and_end("crashed", who, self._stop[0] if self._stop else 1)
+
+    def _tell_and_end(self, event: str, text: str, code: int) -> NoReturn:
+        """End for the main thread, which may be stuck in a collective."""
+        try:
+            self.tell(event, text)  # seconds at most
+        finally:
+            end(code)
 
     def _exchange(self):
         """Tell the others through the store what happened here, and hear what happened there."""
@@ -313,16 +333,14 @@ class Supervisor:
             self.store.set(f"{_HANG}/{self.rank}", "")
 
     def _die_of_hang(self):
-        self._show_stacks(
-            f"rank {self.rank}: no progress for {self.hang_timeout:g} s (--hang_timeout): another "
-            "process is gone or stuck, or a device is. Stacks of this process follow; start again "
-            "with --resume latest."
-        )
+        why = f"no progress for {self.hang_timeout:g} s (--hang_timeout): another process is gone "
+        why += "or stuck, or a device is. Start again with --resume latest."
+        self._show_stacks(f"rank {self.rank}: {why} Stacks of this process follow.")
         if self.store is not None:  # which may never answer
             asking = threading.Thread(target=self._ask_for_stacks, daemon=True)
             asking.start()
             asking.join(2 * _GRACE)
-        end(1)
+        self._tell_and_end("hung", why, 1)
 
     def _ask_for_stacks(self):
         """Give every rank the time to show its stacks too; name those that do not answer."""
