@@ -189,6 +189,12 @@ def test_resume_behind_the_end(capsys, monkeypatch, trained):
     flags = ("--resume", "latest", "--max_steps", "2")
     sentence = refused(capsys, monkeypatch, trained, *flags, small=False)
     assert "--max_steps 2" in sentence and "step 4" in sentence
+    # Under another name the finished run would leave empty folders, and exit code 0.
+    flags = ("--resume", "latest", "--run_name", "mistyped")
+    sentence = refused(capsys, monkeypatch, trained, *flags, small=False)
+    assert "--run_name mistyped" in sentence and "--max_steps 8 trains it longer" in sentence
+    assert not (trained / "checkpoints" / "mistyped").exists()
+    assert not (trained / "runs" / "mistyped").exists()
 
 
 def test_changed_data_is_refused_unless_allowed(capsys, monkeypatch, trained, tmp_path):

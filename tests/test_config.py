@@ -19,6 +19,7 @@ import pytest
 
 import hellaswag
 import train_improved as ti
+from basics import inputs
 from conftest import ROOT, SCRIPT, SMALL, environment, run, write_data
 from runtime import flags
 from tokens import shards as token_shards
@@ -60,6 +61,7 @@ def refused(capsys, *argv) -> str:
         ("--no_compile", "did you mean --no-compile?"),
         ("--learning_rate", "did you mean --max_lr?"),
         ("--block_size", "did you mean --seq_len?"),
+        ("--logdir", "did you mean --tensorboard_dir?"),
         ("--gradient_accumulation_steps", "did you mean --total_batch_size?"),
     ],
 )
@@ -74,8 +76,8 @@ def test_nothing_is_suggested_where_nothing_is_near(capsys):
 
 
 def test_suggestions_from_other_programs_exist():
-    assert set(flags.OTHER_NAMES.values()) <= ti.Config.__dataclass_fields__.keys()
-    assert not set(flags.OTHER_NAMES) & ti.Config.__dataclass_fields__.keys()
+    assert set(inputs.OTHER_NAMES.values()) <= ti.Config.__dataclass_fields__.keys()
+    assert not set(inputs.OTHER_NAMES) & ti.Config.__dataclass_fields__.keys()
 
 
 @pytest.mark.parametrize(

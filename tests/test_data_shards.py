@@ -5,6 +5,7 @@ shards in memory, and compared window by window.
 """
 
 import ast
+import gc
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -112,6 +114,16 @@ def test_a_failed_write_leaves_the_old_shard_and_no_temporary(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, path], cwd=SRC, capture_output=True)
     assert run.stdout == b"refused\n", run.stderr
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_file_is_left_open(folder):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", ResourceWarning)
+        split = open_split(folder, "train")
+        split.read(0, 10)
+        del split
+        gc.collect()
+    assert not seen
 
 
 def test_reading_crosses_shard_borders(folder):

@@ -2,11 +2,13 @@
 document at a time with tiktoken's encode_ordinary."""
 
 import argparse
+import gc
 import gzip
 import hashlib
 import http.server
 import json
 import os
+import pty
 import random
 import re
 import signal
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -168,6 +171,16 @@ def read_here(tmp_path, *paths, place=(0, 0), **flags) -> tuple[np.ndarray, Coun
         seen += unit
         places.append((seen.next, seen.tokens))
     return np.concatenate(tokens), seen.counts, seen.damage
+
+
+def test_no_source_is_left_open(tmp_path):
+    documents = ["A few words.", "Some more."]
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join(documents))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", ResourceWarning)
+        tokens, *_ = read_here(tmp_path, jsonl(tmp_path / "a.jsonl", documents), tmp_path / "a.csv")
+        gc.collect()
+    assert np.array_equal(tokens, recount(2 * documents)) and not seen
 
 
 places: list = []  # where each unit of the last read_here() ended, and tokens until there
@@ -582,10 +595,12 @@ def test_standard_input_goes_on_and_must_be_the_same(tmp_path):
 SMALL_SHARDS = ("--shard_tokens", 200_000)
 
 
-def waiting(out: Path) -> tuple[subprocess.Popen, bytes]:
+def waiting(out: Path, output=subprocess.PIPE) -> tuple[subprocess.Popen, bytes]:
     """The command in the middle of its work: it has finished units, and waits for more input."""
     flags = ("--source", "-", "--out", out, "--workers", 1, *SMALL_SHARDS)
-    process = subprocess.Popen(**command(*flags), stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        **command(*flags) | {"stdout": output, "stderr": output}, stdin=subprocess.PIPE
+    )
     data = json.dumps({"text": "Some words, no more. " * 5000}).encode() + b"\n"
     process.stdin.write(data * (6 * corpus.UNIT // len(data)))
     process.stdin.flush()
@@ -616,6 +631,17 @@ def test_stopped_with_a_signal(tmp_path, number):
     _, said = process.communicate()
     assert process.returncode == 128 + number and b"same command goes on" in said
     assert b"Traceback" not in said
+
+
+def test_a_terminal_that_is_closed(tmp_path):
+    """Its signal is in the test above; without it, as under nohup, the preparation finishes."""
+    terminal, output = pty.openpty()
+    process, data = waiting(tmp_path / "out", output)
+    os.close(output)
+    os.close(terminal)
+    process.communicate(data)
+    assert process.returncode == 0
+    prepare("--verify", "--out", tmp_path / "out")
 
 
 def test_workers_leave_when_the_command_is_killed(tmp_path):

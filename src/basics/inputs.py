@@ -1,9 +1,28 @@
 """What a person typed: paths with a ~, and how it is said that something in it is wrong."""
 
 import contextlib
+import difflib
 import os
 import re
 import shlex
+
+# What other programs call our flags; for the suggestion after a typo.
+OTHER_NAMES = {
+    "learning_rate": "max_lr",
+    "lr": "max_lr",
+    "max_iters": "max_steps",
+    "num_train_epochs": "epochs",
+    "block_size": "seq_len",
+    "batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "total_batch_size",
+    "warmup_iters": "warmup_steps",
+    "eval_interval": "eval_freq",
+    "out_dir": "checkpoint_dir",
+    "output_dir": "checkpoint_dir",
+    "resume_from_checkpoint": "resume",
+    "logdir": "tensorboard_dir",
+    "log_dir": "tensorboard_dir",
+}
 
 
 def path(text: str) -> str:
@@ -44,3 +63,19 @@ def about(name: str, value):
         for begin in (f"{value}: ", f"{value} "):
             text = text.removeprefix(begin)
         raise wrong(name, value, text) from None
+
+
+def nearest(word: str, known) -> str:
+    """Return "; did you mean X?" with the most similar of the names, "" where none is near."""
+
+    def bare(name: str) -> str:
+        return name.strip("-").lower().replace("-", "_")
+
+    names = {bare(name): name for name in known}
+    if OTHER_NAMES.get(bare(word)) in names:
+        near = [OTHER_NAMES[bare(word)]]
+    else:
+        ratio = {n: difflib.SequenceMatcher(None, bare(word), n).ratio() for n in names}
+        limit = max(0.6, max(ratio.values()) - 0.03)
+        near = [n for n in names if ratio[n] >= limit]
+    return f"; did you mean {' or '.join(names[n] for n in near)}?" if near else ""

@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from basics import inputs
 from basics.words import marked
 
 for _number, _name in enumerate(("stdin", "stdout", "stderr")):
@@ -102,6 +103,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def parse_args(self, argv=None, namespace=None):
+        arguments, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            words = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
+            near = inputs.nearest(words[0], self._option_string_actions)
+            self.error(f"unrecognized argument: {' '.join(words)}{near}")
+        return arguments
 
     def error(self, message: str):
         self.print_usage(sys.stderr)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import shlex
@@ -10,21 +9,6 @@ import tomllib
 
 from basics import inputs, terminal
 
-# What other training programs call them; for the suggestion after a typo.
-OTHER_NAMES = {
-    "learning_rate": "max_lr",
-    "lr": "max_lr",
-    "max_iters": "max_steps",
-    "num_train_epochs": "epochs",
-    "block_size": "seq_len",
-    "batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "total_batch_size",
-    "warmup_iters": "warmup_steps",
-    "eval_interval": "eval_freq",
-    "out_dir": "checkpoint_dir",
-    "output_dir": "checkpoint_dir",
-    "resume_from_checkpoint": "resume",
-}
 # Where a resume takes the value of a flag from that is not given again.
 CHECKPOINT = "the checkpoint"
 SAME_MACHINE = "the checkpoint, if device type and number of processes are the same"
@@ -131,7 +115,7 @@ def read_command_line(config_class, description: str, argv: list[str]) -> Comman
         allow_abbrev=False,
     )
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    group, known = parser, ["--help"]
+    group = parser
     for name, field in fields.items():
         meta = field.metadata
         if meta["group"]:
@@ -144,30 +128,23 @@ def read_command_line(config_class, description: str, argv: list[str]) -> Comman
             text += f" [{field.default}]"
         if kind is bool:
             action = argparse.BooleanOptionalAction if negatable(field) else "store_true"
-            added = group.add_argument(f"--{name}", action=action, help=text)
+            group.add_argument(f"--{name}", action=action, help=text)
         elif meta["several"]:
             action = "extend" if meta["several"] == "again" else "store"
             many = {"nargs": "+", "action": action, "metavar": "STR"}
-            added = group.add_argument(f"--{name}", **many, help=text)
+            group.add_argument(f"--{name}", **many, help=text)
         elif meta["choices"]:
             choices = meta["choices"]
-            added = group.add_argument(
-                f"--{name}", type=_choice(choices), choices=choices, help=text
-            )
+            group.add_argument(f"--{name}", type=_choice(choices), choices=choices, help=text)
         else:
             metavar = kind.__name__.upper()
-            added = group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
-        known += added.option_strings
+            group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions: answer, and never train
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        words = [word.split("=")[0] for word in unknown if word.startswith("-")] or unknown
-        parser.error(f"unrecognized argument: {' '.join(words)}{nearest(words[0], known)}")
     typed, in_file, problems = {}, {}, []
-    for name, value in vars(namespace).items():
+    for name, value in vars(parser.parse_args(argv)).items():
         try:
             typed[name] = _as_text(fields[name], value)
         except ValueError as error:
@@ -221,27 +198,11 @@ def _choice(choices):
     def choice(text: str) -> str:
         if text not in choices:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is none of {', '.join(choices)}{nearest(text, choices)}"
+                f"{text!r} is none of {', '.join(choices)}{inputs.nearest(text, choices)}"
             )
         return text
 
     return choice
-
-
-def nearest(word: str, known) -> str:
-    """Return "; did you mean X?" with the most similar of the names, "" where none is near."""
-
-    def bare(name: str) -> str:
-        return name.strip("-").lower().replace("-", "_")
-
-    names = {bare(name): name for name in known}
-    if OTHER_NAMES.get(bare(word)) in names:
-        near = [OTHER_NAMES[bare(word)]]
-    else:
-        ratio = {n: difflib.SequenceMatcher(None, bare(word), n).ratio() for n in names}
-        limit = max(0.6, max(ratio.values()) - 0.03)
-        near = [n for n in names if ratio[n] >= limit]
-    return f"; did you mean {' or '.join(names[n] for n in near)}?" if near else ""
 
 
 # --- The configuration file -----------------------------------------------------------------------
@@ -272,7 +233,7 @@ def read_config(config_class, path: str) -> dict:
             problems.append(f"{name} is for the command line only")
         else:
             what = "keys are flags, without [tables]" if isinstance(value, dict) else "no such key"
-            problems.append(f"{name}: {what}{nearest(name, known)}")
+            problems.append(f"{name}: {what}{inputs.nearest(name, known)}")
     if problems:
         raise ValueError("\n".join(str(inputs.wrong("config", path, text)) for text in problems))
     return values
@@ -290,7 +251,7 @@ def _checked(field, value):
         raise ValueError(f"must be {names.get(kind, 'true or false')}")
     choices = meta["choices"]
     if choices and value not in choices:
-        raise ValueError(f"must be one of {', '.join(choices)}{nearest(value, choices)}")
+        raise ValueError(f"must be one of {', '.join(choices)}{inputs.nearest(value, choices)}")
     if problem := out_of_range(field, value):
         raise ValueError(problem)
     return _as_text(field, value)

@@ -15,6 +15,7 @@ from basics import durable, inputs
 from basics.words import marked
 from checkpointing import files, pretrained, run_folders
 from monitoring import summary
+from monitoring.monitor import evaluation_due
 from runtime import flags
 from tokens import sample_text, shards, tokenizer
 from tokens.stream import open_source
@@ -343,6 +344,13 @@ def check_length(run, sample_dir: str) -> None:
             f"--max_steps {cfg.max_steps}: the checkpoint {run.resumed_from} is already at step "
             f"{step}; give a larger number"
         )
+    elsewhere = run.resumed_from is not None and not run.resumes_own_name
+    if elsewhere and cfg.max_steps == step and not evaluation_due(run.state, cfg):
+        problem = (
+            f"{run.resumed_from} is the last step of its run, {step}, so nothing is left to do; "
+        )
+        problem += f"--max_steps {2 * step} trains it longer under this name"
+        raise inputs.wrong("run_name", cfg.run_name, problem)
     epochs = cfg.max_steps * cfg.total_batch_size / run.train_data.num_tokens
     asked = [n for n in ("max_steps", "epochs", "total_batch_size") if n in run.flags_ever_given]
     small = cfg.data_dir == sample_dir and "data_dir" not in run.flags_ever_given

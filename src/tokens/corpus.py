@@ -25,6 +25,7 @@ from tokens.content import (
     json_records,
     open_parquet,
     open_pipe,
+    open_raw,
     row_batches,
     value_of,
 )
@@ -175,6 +176,8 @@ def find_spans(index: int, file: SourceFile, args, done: int, digest: str):
         end = Span(file, (index + 1, 0), 0, content.position() - before, data=b"", first=not done)
         end.damage, end.lost = content.damage, content.lost() if content.damage else 0
         yield end
+    if content:
+        content.raw.close()
 
 
 def skip(content: Content, done: int, digest: str):
@@ -255,7 +258,8 @@ def check_columns(file: SourceFile, key: str) -> None:
     if file.kind == "parquet" and "://" not in file.path:
         open_parquet(file.path, key)
     elif file.kind == "csv" and not file.pipe:
-        next(csv_records(Content(file), key), None)
+        with open_raw(file) as raw:
+            next(csv_records(Content(file, raw), key), None)
 
 
 # --- Documents ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ stay in the system's cache.
 import bisect
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -84,9 +85,16 @@ def _unreadable(path: Path, error: OSError) -> ValueError:
     return ValueError(f"shard {path} cannot be read: {error.strerror}")
 
 
-def _open(path: Path):
+class _File(io.FileIO):
+    """Closed when nobody holds it any more: the cache lets go of it while a thread may read."""
+
+    def __del__(self):
+        self.close()
+
+
+def _open(path: Path) -> _File:
     try:
-        return open(path, "rb", buffering=0)
+        return _File(path)
     except OSError as error:
         raise _unreadable(path, error) from None
 
