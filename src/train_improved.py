@@ -116,8 +116,8 @@ class Config:
     seed: int = flag(1337, "of initial weights, data order and samples")
 
     optimizer: str = flag("adamw",
-        "adamw, or muon on the matrices inside the blocks and adamw on the rest",
-        group="optimizer", choices=("adamw", "muon"))
+        "adamw; muon for the matrices inside the blocks; soap_muon, scaled by SOAP before that",
+        group="optimizer", choices=("adamw", "muon", "soap_muon"))
     max_lr: float | None = flag(None,
         "peak learning rate [6e-4 for gpt2; tiny 2e-3; a tenth with --init_from]",
         above=0, derived_from="model")
@@ -256,7 +256,7 @@ from tokens import tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
-from training import evaluation, muon, sharding
+from training import evaluation, muon, sharding, soap
 from training.chunked_loss import chunked_cross_entropy
 from training.generation import KVCache
 from training.guard import AdamW, Guard, GuardGaveUp, LossScale
@@ -427,7 +427,7 @@ class GPT(nn.Module):
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     """Give matrices (embeddings too) weight decay, vectors none, as GPT-3 and nanoGPT do."""
     hidden = []  # the matrices inside the blocks
-    if cfg.optimizer == "muon":
+    if cfg.optimizer != "adamw":
         hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
     taken = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -436,8 +436,7 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
-    betas = (cfg.beta1, cfg.beta2)
-    adamw = AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    adamw = AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
     if cfg.optimizer == "adamw":
         return adamw
     fused_qkv = {id(block.attn.c_attn.weight) for block in model.transformer.h}
@@ -447,7 +446,8 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
         {"params": [p for p in hidden if id(p) not in fused_qkv], "parts": 1, **common},
     ]
     precision = getattr(torch, machine.best_dtype(hidden[0].device))
-    return muon.MuonAdamW(muon_groups, adamw, precision)
+    kind = muon.MuonAdamW if cfg.optimizer == "muon" else soap.SoapMuonAdamW
+    return kind(muon_groups, adamw, precision)
 
 
 # --- Training -------------------------------------------------------------------------------------
