@@ -32,9 +32,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def choose(model, sequences=24, processes=1, saved=None):
-    cfg = ti.Config(total_batch_size=sequences * model.seq_len * processes)
+    batch = sequences * model.seq_len * processes
+    cfg = ti.Config(total_batch_size=batch, micro_batch_size=saved)
     dist = SimpleNamespace(device=CPU, world_size=processes)
-    return machine.choose_micro_batch(ti.Run(cfg, set(), dist, None, None, [], FP32, model), saved)
+    return machine.choose_micro_batch(ti.Run(cfg, set(), dist, None, None, [], FP32, model))
 
 
 def test_on_a_cpu_the_largest_divisor_that_fits(model):
@@ -61,7 +62,7 @@ def test_memory_that_ran_out_is_remembered_for_a_day(model, monkeypatch):
 def test_the_micro_batch_is_looked_for_with_the_model_that_trains(tmp_path, data, monkeypatch):
     seen = []
 
-    def choose(run, saved):
+    def choose(run):
         seen.append(run.model.activation_checkpointing)
         return 1
 

@@ -76,19 +76,21 @@ def keep_freed_memory() -> None:
 # --- Micro-batch ----------------------------------------------------------------------------------
 
 
-def choose_micro_batch(run, saved: int | None = None) -> int:
+def choose_micro_batch(run) -> int:
     """Return the largest divisor of a process' sequences per step that fits into memory.
 
-    run: train_improved.Run. saved: the checkpoint's, which counts unless memory ran out with it
-    lately. On CUDA the size is found by running the model; elsewhere, and for a model on the meta
-    device, by the estimate. Raise ValueError if not even one sequence fits.
+    run: train_improved.Run. The checkpoint's size counts unless memory ran out with it lately. On
+    CUDA the size is found by running the model; elsewhere, and for a model on the meta device, by
+    the estimate. Raise ValueError if not even one sequence fits.
     """
     model, device, processes = run.model, run.dist.device, run.dist.world_size
+    saved = run.cfg.micro_batch_size
     sequences = run.cfg.total_batch_size // model.seq_len // processes
     shortage = _recall_shortage(_key(model, device, run.dtype))
     sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
     if shortage:
         sizes = [n for n in sizes if n <= shortage]
+        run.config_to_save = {"micro_batch_size": saved}
     if saved is not None:
         return saved if not shortage or saved <= shortage else max(sizes)
     # Beyond that a GPU is busy anyway, and the caches of a CPU lose.

@@ -44,6 +44,8 @@ def take_less_memory(run, error: RuntimeError) -> None:
         raise error
     sequences = cfg.total_batch_size // cfg.seq_len // run.dist.world_size
     cfg.micro_batch_size = machine.smaller(size, sequences)
+    asked = "micro_batch_size" in run.flags_ever_given
+    run.config_to_save.setdefault("micro_batch_size", size if asked else None)
     machine.remember_shortage(run.model, run.dist.device, run.dtype, cfg.micro_batch_size)
     print(
         f"WARNING rank {run.dist.rank}: out of memory with --micro_batch_size {size}; "
