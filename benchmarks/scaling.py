@@ -289,8 +289,8 @@ def document() -> str:
     plans = []
     for name, (n, flops, bandwidth) in MACHINES.items():
         for mode in ("replicate", "shard") if n > 1 else ("replicate",):
-            seconds, exposed, days = expected(n, flops, bandwidth, mode)
-            plans.append([name, mode, f"{seconds:.2f}", f"{exposed / seconds:.1%}", f"{days:,.1f}"])
+            seconds, waits, days = expected(n, flops, bandwidth, mode)
+            plans.append([name, mode, f"{seconds:.2f}", f"{waits / seconds:.1%}", f"{days:,.1f}"])
     planned = table(["machine", "mode", "s a step", "waiting for the network", "days"], plans)
     shape = "x".join(str(value) for value in SHAPE.values())
     version = torch.__version__

@@ -61,16 +61,20 @@ def best_dtype(device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Have the C library keep what a step frees for the next one, instead of handing it back to the
-    system, which gives it out again as pages of zeros: 1.3 times the CPU's speed (LAB_NOTES.md)."""
+    system, which gives it out again as pages of zeros: 1.3 times the CPU's speed (LAB_NOTES.md).
+    Not `keep`: hand it back, now and from now on."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (AttributeError, OSError):
         return  # glibc's alone
     trim_threshold, mmap_max = -1, -4  # malloc.h
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1 if keep else 128 << 10)
+    mallopt(mmap_max, 0 if keep else 65_536)
+    if not keep:
+        malloc_trim(0)
 
 
 # --- Micro-batch ----------------------------------------------------------------------------------
