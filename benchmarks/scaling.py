@@ -257,12 +257,13 @@ def document() -> str:
     with torch.device("meta"):
         model = ti.GPT(**SHAPE)
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
-    rows = []
+    rows, one = [], 0.0
     for n in (1, 2, 4):
         for mode in ("replicate", "shard") if n > 1 else ("replicate",):
             found = measure(n, mode)
             needs = volume(found["params"], blocks, n, mode)
-            one = found["without"] if mode == "replicate" else one  # else it gathers weights
+            if mode == "replicate":  # else it gathers weights
+                one = found["without"]
             model_says = one
             if n > 1:
                 rate = 8 * (n - 1) / n * found["params"] / found["alone"]  # as of an all-reduce
@@ -311,8 +312,9 @@ sequences per process, float32, gloo over loopback on {os.cpu_count()} cores, Py
 - *s alone* is a pass without synchronisation, *s synchronised* one with it, *s all-reduce* that of
   all gradients and nothing else, *s expected* what the cost model below makes of the first (of the
   replicated pass: a sharded one always gathers weights) and the bandwidth of the last. It lets
-  communication hide behind computing; here both want the same cores. Processes share the cores with whatever else runs (here under a
-  load of {os.getloadavg()[1]:.0f}): these seconds are no speed.
+  communication hide behind computing; here both want the same cores, and FSDP2 waits for each of
+  gloo's collectives. Processes share the cores with whatever else runs (a load of
+  {os.getloadavg()[1]:.0f} here): these seconds are no speed.
 - *early* is the share of the gradients that DDP sends while the backward pass still runs. The rest
   are the embeddings: tied to the output matrix, their gradient is complete last. Sharded it is the
   same: a block's gradients leave when it is done, and the next one's weights are asked for before

@@ -174,5 +174,5 @@ def test_compiled_gradients_are_sent_while_the_backward_pass_runs(tmp_path):
 
 def test_shares_travel_while_other_blocks_are_computed(tmp_path):
     """Forward: the embeddings, then each block's weights. Backward: before a block is computed the
-    next one's weights are asked for; its gradients are sent after it, the embeddings' at the end."""
+    next one's weights are asked for; its gradients leave after it, the embeddings' at the end."""
     assert of_two_processes(ORDER, tmp_path) == "GGbGbGbGb GGbSGbSGbSbSS"
