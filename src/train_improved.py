@@ -473,6 +473,7 @@ class Run:
     restarted: bool = False  # by torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
+    config_to_save: dict = dataclasses.field(default_factory=dict)  # where cfg is of a shortage
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
     last_micro: bool = False  # of this step: the pass that synchronises gradients
 
@@ -769,8 +770,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
             run.model.load_state_dict(weights)
     if "micro_batch_size" not in flags_now:
-        before = cfg.micro_batch_size
-        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run, before))
+        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run))
     if checkpoint is not None:
         planning.say_changes(run, checkpoint, flags_now)
     return run, checkpoint

@@ -55,7 +55,7 @@ def checkpoint_of(run) -> dict:
         "model": weights,
         "optimizer": optimizer,
         "step": run.state.step,
-        "config": dataclasses.asdict(run.cfg),
+        "config": dataclasses.asdict(run.cfg) | run.config_to_save,
         "asked": sorted(run.flags_ever_given),
         "state": dataclasses.asdict(run.state),
         "rng": rng,
