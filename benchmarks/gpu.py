@@ -262,15 +262,16 @@ class Bench:
         }
 
     def optimizers(self) -> dict:
-        """Muon beside AdamW, and float16."""
-        ways = {"adamw": [], "muon": ["--optimizer", "muon"], "float16": ["--dtype", "float16"]}
+        """Muon, without and with SOAP, beside AdamW, and float16."""
+        kinds = ("adamw", "muon", "soap_muon")
+        ways = {kind: ["--optimizer", kind] for kind in kinds} | {"float16": ["--dtype", "float16"]}
         if self.args.device == "cpu":
             del ways["float16"]  # there it is slow beyond use
         found = {way: self.train(*QUIET.split(), *more) for way, more in ways.items()}
         brief = {way: self.brief(result) for way, result in found.items()}
-        rates = [found[way]["tokens_per_s"] for way in ("adamw", "muon")]
-        if all(rates):
-            brief["muon_share"] = 1 - rates[1] / rates[0]
+        rates = {kind: found[kind]["tokens_per_s"] for kind in kinds}
+        if all(rates.values()):
+            brief["share"] = {kind: 1 - rates[kind] / rates["adamw"] for kind in kinds[1:]}
         return brief
 
     def peers(self) -> dict:

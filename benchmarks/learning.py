@@ -88,7 +88,8 @@ def parse_arguments(words=None) -> argparse.Namespace:
         if not colon:
             parser.error(f"--arm {text!r}: write a name, a colon and the flags")
         args.known[name.strip()] = flags.strip()
-        args.arms.append(name.strip())
+        if name.strip() not in args.arms:
+            args.arms.append(name.strip())
     for name in args.arms:
         base, plus, experiment = name.partition("+")
         if base not in args.known:

@@ -202,14 +202,27 @@ def memory_rows() -> list[list[str]]:
 # --- Expected: GPUs -------------------------------------------------------------------------------
 
 
-def expected(n: int, flops: float, bandwidth: float, mode: str) -> tuple[float, float, float]:
-    """Seconds of a step of gpt2-xl, of which communication that nothing hides, and days for TOKENS.
+def exposed(
+    params: int, blocks: int, n: int, bandwidth: float, mode: str, one: float, passes: int = 1,
+    scatters: int = 1,
+) -> float:  # fmt: skip
+    """Seconds of a step in which nothing hides the communication over a ring.
 
-    A ring of all devices over the slowest link; a third of a pass is forward. Replicated, gradients
-    of blocks travel during the last micro-batch's backward pass, those of the embeddings, which are
-    tied to the output, when it has ended. Sharded, every micro-batch gathers weights, and while one
-    block is computed the next one travels.
+    one: seconds that a pass computes, a third of them forward. Replicated, gradients of blocks
+    travel during the last micro-batch's backward pass, those of the embeddings, which are tied to
+    the output, when it has ended. Sharded, every micro-batch gathers weights, and while one block
+    is computed the next one travels. scatters: 2 where a reduce-scatter costs an all-reduce.
     """
+    share = 4 * (n - 1) / n / bandwidth
+    rounds = 2 if mode == "replicate" else scatters
+    hidden, late = rounds * share * blocks, rounds * share * (params - blocks)
+    gathers = passes * max(0.0, share * (params + blocks) - one) if mode == "shard" else 0.0
+    return late + max(0.0, hidden - 2 / 3 * one) + gathers
+
+
+def expected(n: int, flops: float, bandwidth: float, mode: str) -> tuple[float, float, float]:
+    """Seconds of a step of gpt2-xl, of which communication that nothing hides, and days for TOKENS,
+    on a ring of all devices over the slowest link."""
     import torch
 
     import train_improved as ti
@@ -221,17 +234,11 @@ def expected(n: int, flops: float, bandwidth: float, mode: str) -> tuple[float, 
     sequences = BATCH // SEQ_LEN / n
     passes = max(1, round(sequences / MICRO_BATCH))
     compute = BATCH * model.flops_per_token() / n / flops
-    exposed = 0.0
+    waits = 0.0
     if n > 1:
-        one = compute / passes
-        share = 4 * (n - 1) / n / bandwidth
-        rounds = 2 if mode == "replicate" else 1  # an all-reduce, or a reduce-scatter
-        hidden, late = rounds * share * blocks, rounds * share * (params - blocks)
-        exposed = late + max(0.0, hidden - 2 / 3 * one)
-        if mode == "shard":
-            exposed += passes * max(0.0, share * (params + blocks) - one)
-    seconds = compute + exposed
-    return seconds, exposed, TOKENS / BATCH * seconds / 86_400
+        waits = exposed(params, blocks, n, bandwidth, mode, compute / passes, passes)
+    seconds = compute + waits
+    return seconds, waits, TOKENS / BATCH * seconds / 86_400
 
 
 # --- The document ---------------------------------------------------------------------------------
@@ -250,22 +257,29 @@ def document() -> str:
     with torch.device("meta"):
         model = ti.GPT(**SHAPE)
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
-    rows = []
+    rows, one = [], 0.0
     for n in (1, 2, 4):
         for mode in ("replicate", "shard") if n > 1 else ("replicate",):
             found = measure(n, mode)
             needs = volume(found["params"], blocks, n, mode)
+            if mode == "replicate":  # else it gathers weights
+                one = found["without"]
+            model_says = one
+            if n > 1:
+                rate = 8 * (n - 1) / n * found["params"] / found["alone"]  # as of an all-reduce
+                model_says += exposed(found["params"], blocks, n, rate, mode, one, scatters=2)
             state = 16 * found["params"] / (n if mode == "shard" else 1)
             early = f"{found['early']:.0%}" if n > 1 and mode == "replicate" else "-"
             rows.append([
                 str(n), mode, f"{found['sent'] / 1e6:.1f}", f"{needs / 1e6:.1f}",
                 f"{found['held'] / 1e6:.1f}", f"{state / 1e6:.1f}", f"{found['without']:.2f}",
-                f"{found['with']:.2f}", f"{found['alone']:.2f}" if n > 1 else "-", early,
+                f"{found['with']:.2f}", f"{model_says:.2f}",
+                f"{found['alone']:.2f}" if n > 1 else "-", early,
             ])  # fmt: skip
             print(rows[-1], file=sys.stderr, flush=True)
     measured = table(
         ["processes", "mode", "MB sent", "a ring needs", "MB held", "by theory", "s alone",
-         "s synchronised", "s all-reduce", "early"],
+         "s synchronised", "s expected", "s all-reduce", "early"],
         rows,
     )  # fmt: skip
     memory = table(
@@ -276,8 +290,8 @@ def document() -> str:
     plans = []
     for name, (n, flops, bandwidth) in MACHINES.items():
         for mode in ("replicate", "shard") if n > 1 else ("replicate",):
-            seconds, exposed, days = expected(n, flops, bandwidth, mode)
-            plans.append([name, mode, f"{seconds:.2f}", f"{exposed / seconds:.1%}", f"{days:,.1f}"])
+            seconds, waits, days = expected(n, flops, bandwidth, mode)
+            plans.append([name, mode, f"{seconds:.2f}", f"{waits / seconds:.1%}", f"{days:,.1f}"])
     planned = table(["machine", "mode", "s a step", "waiting for the network", "days"], plans)
     shape = "x".join(str(value) for value in SHAPE.values())
     version = torch.__version__
@@ -296,10 +310,15 @@ sequences per process, float32, gloo over loopback on {os.cpu_count()} cores, Py
 - *MB held* of weights, gradients and moments by rank 0; by theory 16 bytes per parameter, divided
   by the processes when sharded.
 - *s alone* is a pass without synchronisation, *s synchronised* one with it, *s all-reduce* that of
-  all gradients and nothing else. Processes share the cores with whatever else runs (here under a
-  load of {os.getloadavg()[1]:.0f}): these seconds are no speed.
+  all gradients and nothing else, *s expected* what the cost model below makes of the first (of the
+  replicated pass: a sharded one always gathers weights) and the bandwidth of the last. It lets
+  communication hide behind computing; here both want the same cores, and FSDP2 waits for each of
+  gloo's collectives. Processes share the cores with whatever else runs (a load of
+  {os.getloadavg()[1]:.0f} here): these seconds are no speed.
 - *early* is the share of the gradients that DDP sends while the backward pass still runs. The rest
-  are the embeddings: tied to the output matrix, their gradient is complete last.
+  are the embeddings: tied to the output matrix, their gradient is complete last. Sharded it is the
+  same: a block's gradients leave when it is done, and the next one's weights are asked for before
+  it begins (the order is tested in `tests/test_sharding.py`).
 
 {measured}
 

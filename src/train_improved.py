@@ -116,8 +116,8 @@ class Config:
     seed: int = flag(1337, "of initial weights, data order and samples")
 
     optimizer: str = flag("adamw",
-        "adamw, or muon on the matrices inside the blocks and adamw on the rest",
-        group="optimizer", choices=("adamw", "muon"))
+        "adamw; muon for the matrices inside the blocks; soap_muon, scaled by SOAP before that",
+        group="optimizer", choices=("adamw", "muon", "soap_muon"))
     max_lr: float | None = flag(None,
         "peak learning rate [6e-4 for gpt2; tiny 2e-3; a tenth with --init_from]",
         above=0, derived_from="model")
@@ -256,7 +256,7 @@ from tokens import tokenizer
 from tokens.loader import StepLoader
 from tokens.stream import WindowSource
 from tokens.tokenizer import VOCAB_SIZE
-from training import evaluation, muon, sharding
+from training import evaluation, muon, sharding, soap
 from training.chunked_loss import chunked_cross_entropy
 from training.generation import KVCache
 from training.guard import AdamW, Guard, GuardGaveUp, LossScale
@@ -427,7 +427,7 @@ class GPT(nn.Module):
 def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
     """Give matrices (embeddings too) weight decay, vectors none, as GPT-3 and nanoGPT do."""
     hidden = []  # the matrices inside the blocks
-    if cfg.optimizer == "muon":
+    if cfg.optimizer != "adamw":
         hidden = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
     taken = {id(p) for p in hidden}
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -436,8 +436,7 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     # Fused: one kernel, and it can skip an update without asking the host (`found_inf`, below).
-    betas = (cfg.beta1, cfg.beta2)
-    adamw = AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    adamw = AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
     if cfg.optimizer == "adamw":
         return adamw
     fused_qkv = {id(block.attn.c_attn.weight) for block in model.transformer.h}
@@ -447,7 +446,8 @@ def make_optimizer(model: GPT, cfg: Config) -> torch.optim.Optimizer:
         {"params": [p for p in hidden if id(p) not in fused_qkv], "parts": 1, **common},
     ]
     precision = getattr(torch, machine.best_dtype(hidden[0].device))
-    return muon.MuonAdamW(muon_groups, adamw, precision)
+    kind = muon.MuonAdamW if cfg.optimizer == "muon" else soap.SoapMuonAdamW
+    return kind(muon_groups, adamw, precision)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -473,6 +473,7 @@ class Run:
     restarted: bool = False  # by torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
+    config_to_save: dict = dataclasses.field(default_factory=dict)  # where cfg is of a shortage
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
     last_micro: bool = False  # of this step: the pass that synchronises gradients
 
@@ -769,8 +770,7 @@ def set_up(flags_now: dict, dist: Distributed) -> tuple[Run, dict | None]:
         if weights:  # rank 0; the others get them from DDP, which begins with rank 0's weights
             run.model.load_state_dict(weights)
     if "micro_batch_size" not in flags_now:
-        before = cfg.micro_batch_size
-        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run, before))
+        cfg.micro_batch_size = dist.on_main(lambda: machine.choose_micro_batch(run))
     if checkpoint is not None:
         planning.say_changes(run, checkpoint, flags_now)
     return run, checkpoint

@@ -44,11 +44,10 @@ def losses(folder: Path) -> dict[int, float]:
 
 def disturb(nodes: Nodes, rng: random.Random, restart) -> str:
     """Let one thing happen to one machine, and undo what a person would undo."""
-    i = rng.randint(1, nodes.count)
+    nodes.wait_for(lambda: any(nodes.workers(i) for i in nodes.processes))
+    i = rng.choice([i for i in sorted(nodes.processes) if nodes.workers(i)])
     kind = rng.choice(["worker", "short cut", *(["machine", "cut", "stop"] if i > 1 else [])])
     workers = nodes.workers(i)
-    if not workers:
-        return "nothing: it is starting"
     if kind == "worker":
         os.kill(workers[0], signal.SIGKILL)
     elif kind == "stop":

@@ -212,7 +212,7 @@ def step(watch, count=2, **options) -> dict:
 def micro_batch(watch, **options) -> dict:
     """The micro-batch found on a card, and the peak of a step with it."""
     run = make_run(**options)
-    budget = machine.memory_budget(DEVICE, 1)
+    budget, run.cfg.micro_batch_size = machine.memory_budget(DEVICE, 1), None
     found = machine.choose_micro_batch(run)
     return {"found": found, "most": watch.peak, "budget": budget}
 

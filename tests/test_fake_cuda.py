@@ -52,7 +52,7 @@ def test_a_step_waits_for_nothing_and_crosses_once(on_fake_cuda):
     small = {"n_layer": 1, "seq_len": 128}
     ways = [
         {"optimizer": optimizer, "dtype": dtype, "accumulation": accumulation}
-        for optimizer in ("adamw", "muon")
+        for optimizer in ("adamw", "soap_muon")
         for dtype in ("bfloat16", "float16", "float32")
         for accumulation in (1, 2)
     ]
@@ -67,6 +67,7 @@ def test_the_plan_says_what_a_step_takes(on_fake_cuda):
         {"model": "gpt2", "micro_batch": 4, "accumulation": 2},
         {"model": "gpt2", "micro_batch": 8, "dtype": "float32", "optimizer": "muon"},
         {"model": "gpt2-medium", "micro_batch": 8, "dtype": "float16", "n_layer": 6},
+        {"model": "gpt2", "micro_batch": 4, "optimizer": "soap_muon"},
         {"model": "gpt2-large", "micro_batch": 2, "dtype": "float32", "n_layer": 6},
         {"model": "gpt2-xl", "micro_batch": 4, "accumulation": 2, "n_layer": 8},
         {"model": "gpt2", "micro_batch": 16, "activation_checkpointing": True},

@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_improved as ti
 from checkpointing import run_folders
 from conftest import ROOT, SCRIPT, SMALL, environment, run, start, write_data
+from runtime import machine
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
 
 FAULTY = ROOT / "tests" / "faulty.py"
@@ -522,6 +524,24 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(
         short, whole = (logged(tmp_path / f / "runs" / "a")[tag] for f in ("short", "whole"))
         for (step, a), (step_, b) in zip(short, whole, strict=True):
             assert step == step_ and a == pytest.approx(b, rel=1e-4), (tag, step)
-    assert torch.load(checkpoint(tmp_path / "short", 20), weights_only=True)["config"][
-        "micro_batch_size"
-    ] == (fits)
+
+
+@pytest.mark.parametrize("given, usual", [(["--micro_batch_size", 4], 4), ([], 8)])
+def test_memory_that_ran_out_once_keeps_the_micro_batch_small_for_a_day(
+    tmp_path, data, monkeypatch, given, usual
+):
+    """That run's, and that of one which began on this day; a resume later takes what is usual."""
+    monkeypatch.setenv("XDG_CACHE_HOME", environment()["XDG_CACHE_HOME"])
+    machine.cache_file().unlink(missing_ok=True)
+    faulty("memory", 6, 2, *FLAGS, *given, cwd=tmp_path, data=data)
+    run(*FLAGS, "--run_name", "same_day", cwd=tmp_path, data=data)
+
+    def resumed(name: str) -> int:
+        flags = {"resume": str(checkpoint(tmp_path, 20, name)), "dry_run": True}
+        return ti.set_up(flags, ti.Distributed("cpu", 60.0))[0].cfg.micro_batch_size
+
+    assert (resumed("a"), resumed("same_day")) == (2, 2)
+    known = json.loads(machine.cache_file().read_text())
+    old = {key: v | {"at": v["at"] - machine.SHORTAGE_SECONDS} for key, v in known.items()}
+    machine.cache_file().write_text(json.dumps(old))
+    assert (resumed("a"), resumed("same_day")) == (usual, 8)

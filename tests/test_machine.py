@@ -32,9 +32,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def choose(model, sequences=24, processes=1, saved=None):
-    cfg = ti.Config(total_batch_size=sequences * model.seq_len * processes)
+    batch = sequences * model.seq_len * processes
+    cfg = ti.Config(total_batch_size=batch, micro_batch_size=saved)
     dist = SimpleNamespace(device=CPU, world_size=processes)
-    return machine.choose_micro_batch(ti.Run(cfg, set(), dist, None, None, [], FP32, model), saved)
+    return machine.choose_micro_batch(ti.Run(cfg, set(), dist, None, None, [], FP32, model))
 
 
 def test_on_a_cpu_the_largest_divisor_that_fits(model):
@@ -61,7 +62,7 @@ def test_memory_that_ran_out_is_remembered_for_a_day(model, monkeypatch):
 def test_the_micro_batch_is_looked_for_with_the_model_that_trains(tmp_path, data, monkeypatch):
     seen = []
 
-    def choose(run, saved):
+    def choose(run):
         seen.append(run.model.activation_checkpointing)
         return 1
 
@@ -148,13 +149,18 @@ print("held", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 """
 
 
+WIDE = "--n_head 8 --n_embd 512 --seq_len 128 --micro_batch_size 1"
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+
+
 @pytest.mark.parametrize(
-    "shape", ["", "--n_layer 2 --n_head 8 --n_embd 512 --seq_len 128 --micro_batch_size 1"]
+    "launcher, shape",
+    [([], ""), ([], f"--n_layer 2 {WIDE}"), (TORCHRUN, f"--n_layer 8 {WIDE} --shard")],
 )
-def test_on_a_cpu_the_summary_says_what_is_held(tmp_path, data, shape):
+def test_on_a_cpu_the_summary_says_what_is_held(tmp_path, data, launcher, shape):
     """By a run with everything in it: evaluation, samples, histograms and a checkpoint."""
     flags = f"{shape} --device cpu --total_batch_size 512 --max_steps 1 --use_tensorboard".split()
-    options = {"script": "-c", "before": [HELD, SCRIPT], "small": False}
+    options = {"script": "-c", "before": [HELD, *launcher, SCRIPT], "small": False}
     out, _ = run(*flags, cwd=tmp_path, data=data, **options)
     said = re.search(r"about ([\d.]+) GB of memory .* ([\d.]+) GB for the copy", out).groups()
     held = int(re.search(r"^held (\d+)", out, re.M)[1])

@@ -14,7 +14,7 @@ from conftest import run
 from monitoring import summary
 from runtime import planning
 from test_training import assert_same_training, checkpoint, logged
-from training import muon
+from training import muon, soap
 
 QUIET = "--eval_freq 0 --sample_freq 0 --histogram_freq 0 --use_tensorboard".split()
 
@@ -92,7 +92,7 @@ def gradients(model, seed):
 
 
 def optimizer_of(model, **values):
-    cfg = ti.Config(optimizer="muon", n_head=2, **values)
+    cfg = ti.Config(**{"optimizer": "muon", "n_head": 2} | values)
     optimizer = ti.make_optimizer(model, cfg)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
@@ -181,7 +181,40 @@ def test_a_bad_update_changes_nothing_and_the_next_ones_are_as_if_it_had_not_bee
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_soap_divides_by_the_root_mean_square_in_the_basis_of_the_eigenvectors():
+    """Of gradients Z diag(s) U': the basis becomes U, and what is orthogonalized is white."""
+    model = small_model()
+    optimizer = optimizer_of(model, optimizer="soap_muon", momentum=0.0)
+    block, generator = model.transformer.h[0], torch.Generator().manual_seed(1)
+    scale = torch.logspace(0, -3, 32)
+    U = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    # Where the columns are the shorter side, where the rows are, and three in one.
+    shapes = {block.mlp.c_fc.weight: (1, 128), block.mlp.c_proj.weight: (1, 128)}
+    shapes[block.attn.c_attn.weight] = (3, 32)
+    gradients(model, 0)
+    seen = {p: [] for p in shapes}
+    for step in range(400):
+        for p, shape in shapes.items():
+            G = torch.randn(*shape, 32, generator=generator) * scale @ U.mT
+            p.grad = G[0].mT.contiguous() if p.size(0) == 32 else G.reshape(p.shape)
+        optimizer.step()
+        for p, (parts, _) in shapes.items() if step >= 300 else ():
+            D = optimizer._direction(p, {"parts": parts, "momentum": 0.0}).view(
+                parts, -1, p.size(1)
+            )
+            seen[p].append(D.mT if p.size(0) == 32 else D)
+    for p, (parts, _) in shapes.items():
+        basis = optimizer.state[p]["basis"]
+        overlap = (U.mT @ basis).abs()
+        assert overlap[:, :8, :8].diagonal(dim1=1, dim2=2).min() > 0.8
+        assert torch.equal(overlap.argmax(1)[:, :8], torch.arange(8).expand(parts, 8))
+        directions = torch.cat(seen[p], 1)
+        covariance = directions.mT @ directions / directions.size(1)
+        values = torch.linalg.eigvalsh(covariance)  # of the gradients' own: 1 to 1e-6
+        assert values.min() > 0.3 and values.max() < 3, values
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "soap_muon"])
 def test_moments_made_before_the_first_step_change_nothing(name):
     cfg = config(optimizer=name)
     models = [small_model(), small_model()]
@@ -192,7 +225,9 @@ def test_moments_made_before_the_first_step_change_nothing(name):
     assert all(torch.equal(p, before[n]) for n, p in models[1].named_parameters())
     made = optimizers[1].state_dict()["state"]
     assert len(made) == len(before)
-    assert not any(t.any() for moments in made.values() for t in moments.values())
+    assert not any(
+        t.any() for moments in made.values() for name, t in moments.items() if name != "basis"
+    )
     for step in range(3):
         for model, optimizer in zip(models, optimizers, strict=True):
             gradients(model, step)
@@ -204,7 +239,7 @@ def test_moments_made_before_the_first_step_change_nothing(name):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "soap_muon"])
 def test_a_fused_kernel_that_does_not_look_at_the_verdict(monkeypatch, name):
     """That of mps does not: what is skipped there is skipped by the host."""
     kernel = torch._fused_adamw_
@@ -220,15 +255,19 @@ def test_a_fused_kernel_that_does_not_look_at_the_verdict(monkeypatch, name):
     ti.make_moments(SimpleNamespace(model=model, optimizer=optimizer, dist=dist))
     for group in optimizer.param_groups:
         group["lr"] = 0.01
-    gradients(model, 0)
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for bad, same in ((1.0, True), (0.0, False)):
-        optimizer.found_inf = torch.tensor(bad)
-        optimizer.step()
+    for poison, same in ((math.nan, True), (1.0, False)):
+        gradients(model, 0)
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        for p in model.parameters():
+            p.grad[0] *= poison
+        optimizer.found_inf = torch.tensor(float(math.isnan(poison)))
+        # Over the time at which soap_muon renews its bases.
+        for _ in range(soap.RENEWED_EVERY):
+            optimizer.step()
         after = (model.state_dict(), optimizer.state_dict())
         for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
             if isinstance(old, torch.Tensor):
-                assert torch.equal(old, new) == same
+                assert torch.equal(old, new) == same, old
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -238,7 +277,7 @@ LENGTH = "--max_steps 20 --warmup_steps 3 --run_name a".split()
 
 @pytest.mark.parametrize(
     "optimizer, schedule",
-    [("muon", "cosine"), ("muon", "linear"), ("adamw", "linear"), ("adamw", "wsd")],
+    [("muon", "cosine"), ("soap_muon", "linear"), ("adamw", "linear"), ("adamw", "wsd")],
 )
 def test_resume_is_exact_and_the_chart_is_the_formula(tmp_path, data, optimizer, schedule):
     flags = [*QUIET, *LENGTH, "--optimizer", optimizer, "--schedule", schedule]
@@ -357,13 +396,21 @@ def test_another_recipe_on_resume_is_refused():
     assert cfg.schedule == "wsd"  # given to the first command, though not to this one
 
 
-def test_muon_is_the_same_with_1_2_and_4_processes(tmp_path, data):
-    flags = [*QUIET, *LENGTH, "--optimizer", "muon", "--checkpoint_freq", "0"]
+@pytest.mark.parametrize("optimizer, numbers", [("muon", (2,)), ("soap_muon", (2, 4))])
+def test_muon_is_the_same_on_several_processes(tmp_path, data, optimizer, numbers):
+    flags = [*QUIET, *LENGTH, "--optimizer", optimizer, "--checkpoint_freq", "0"]
     losses = {}
-    for nproc in (None, 2, 4):
+    for nproc in (None, *numbers):
         cwd = tmp_path / str(nproc)
         cwd.mkdir()
         run(*flags, "--micro_batch_size", "1", cwd=cwd, data=data, nproc=nproc)
         losses[nproc] = [v for _, v in logged(cwd / "runs" / "a")["Loss/train"]]
-    assert losses[2] == pytest.approx(losses[None], rel=2e-4)
-    assert losses[4] == pytest.approx(losses[None], rel=2e-4)
+    for nproc in numbers:
+        assert losses[nproc] == pytest.approx(losses[None], rel=2e-4)
+
+
+def test_a_scaling_that_is_whole_is_not_sharded():
+    cfg = ti.Config(model="tiny", total_batch_size=1024, optimizer="soap_muon", shard=True)
+    ti.resolve_model(cfg, "cpu")
+    with pytest.raises(ValueError, match=r"--optimizer soap_muon: has .* whole .* with --shard"):
+        planning.validate(cfg, 2)

@@ -124,14 +124,55 @@ dist.leave()
 """
 
 
-def test_compiled_gradients_are_sent_while_the_backward_pass_runs(tmp_path):
-    (tmp_path / "shares.py").write_text(
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n{SHARES}"
-    )
+# What is asked for in which order; on a GPU communication has streams of its own.
+ORDER = """
+import json
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+import train_improved as ti
+from training import sharding
+
+KINDS = {"allgather": "G", "attention": "b", "reduce_scatter": "S"}
+
+class Note(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        order.extend(letter for name, letter in KINDS.items() if name in func.__name__)
+        return func(*args, **(kwargs or {}))
+
+dist = ti.Distributed("cpu", 900.0)
+model = ti.GPT(4, 2, 64, 32)
+sharding.shard(model)
+ids = torch.zeros(1, 33, dtype=torch.long)
+for _ in range(2):  # FSDP2 learns the order of the blocks in the first
+    order = []
+    with Note():
+        loss = model(ids[:, :-1], ids[:, 1:])
+        order.append(" ")
+        loss.backward()
+if dist.is_main:
+    print(json.dumps("".join(order)))
+dist.leave()
+"""
+
+
+def of_two_processes(script: str, folder):
+    """What a script prints last, as JSON, in two processes over gloo."""
+    path = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+    (folder / "script.py").write_text(path + script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "shares.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        [*command, "script.py"], cwd=folder, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    shares = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_compiled_gradients_are_sent_while_the_backward_pass_runs(tmp_path):
+    shares = of_two_processes(SHARES, tmp_path)
     assert shares[0] < 0.45 and sum(share < 0.9 for share in shares) >= 3, shares
+
+
+def test_shares_travel_while_other_blocks_are_computed(tmp_path):
+    """Forward: the embeddings, then each block's weights. Backward: before a block is computed the
+    next one's weights are asked for; its gradients leave after it, the embeddings' at the end."""
+    assert of_two_processes(ORDER, tmp_path) == "GGbGbGbGb GGbSGbSGbSbSS"

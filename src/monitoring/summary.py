@@ -102,14 +102,16 @@ def optimizer(cfg) -> str:
     adamw = f"AdamW, betas {cfg.beta1} and {cfg.beta2}"
     if cfg.optimizer == "adamw":
         return adamw
-    return f"Muon, momentum {cfg.momentum}, for the matrices of the blocks; for the rest {adamw}"
+    before = "SOAP's scaling and " if cfg.optimizer == "soap_muon" else ""
+    muon = f"{before}Muon, momentum {cfg.momentum}"
+    return f"{muon}, for the matrices of the blocks; for the rest {adamw}"
 
 
 def recipes(plans: dict) -> str:
     """Return a table of plans side by side: {name: (config, hours)}."""
     columns = {
         name: [
-            {"adamw": "AdamW", "muon": "Muon"}[cfg.optimizer],
+            {"adamw": "AdamW", "muon": "Muon", "soap_muon": "SOAP + Muon"}[cfg.optimizer],
             f"{cfg.schedule} to {cfg.min_lr:g}",
             f"{cfg.max_lr:g}",
             f"{cfg.max_steps:,}",

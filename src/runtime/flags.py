@@ -318,7 +318,7 @@ def changes(config, saved: dict, given) -> list[tuple[str, bool]]:
     found = []
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        before = saved.get(name, value)
+        before = value if saved.get(name) is None else saved[name]  # None: not decided
         if field.metadata["resume"] != COMMAND and value != before:
             text = f"--{name}: {_plain(before)} -> {_plain(value)}"
             text += "" if name in given else ", derived again"

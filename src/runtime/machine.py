@@ -61,34 +61,40 @@ def best_dtype(device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Have the C library keep what a step frees for the next one, instead of handing it back to the
-    system, which gives it out again as pages of zeros: 1.3 times the CPU's speed (LAB_NOTES.md)."""
+    system, which gives it out again as pages of zeros: 1.3 times the CPU's speed (LAB_NOTES.md).
+    Not `keep`: hand it back, now and from now on."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (AttributeError, OSError):
         return  # glibc's alone
     trim_threshold, mmap_max = -1, -4  # malloc.h
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1 if keep else 128 << 10)
+    mallopt(mmap_max, 0 if keep else 65_536)
+    if not keep:
+        malloc_trim(0)
 
 
 # --- Micro-batch ----------------------------------------------------------------------------------
 
 
-def choose_micro_batch(run, saved: int | None = None) -> int:
+def choose_micro_batch(run) -> int:
     """Return the largest divisor of a process' sequences per step that fits into memory.
 
-    run: train_improved.Run. saved: the checkpoint's, which counts unless memory ran out with it
-    lately. On CUDA the size is found by running the model; elsewhere, and for a model on the meta
-    device, by the estimate. Raise ValueError if not even one sequence fits.
+    run: train_improved.Run. The checkpoint's size counts unless memory ran out with it lately. On
+    CUDA the size is found by running the model; elsewhere, and for a model on the meta device, by
+    the estimate. Raise ValueError if not even one sequence fits.
     """
     model, device, processes = run.model, run.dist.device, run.dist.world_size
+    saved = run.cfg.micro_batch_size
     sequences = run.cfg.total_batch_size // model.seq_len // processes
     shortage = _recall_shortage(_key(model, device, run.dtype))
     sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
     if shortage:
         sizes = [n for n in sizes if n <= shortage]
+        run.config_to_save = {"micro_batch_size": saved}
     if saved is not None:
         return saved if not shortage or saved <= shortage else max(sizes)
     # Beyond that a GPU is busy anyway, and the caches of a CPU lose.

@@ -205,6 +205,8 @@ def validate(cfg, world_size: int) -> None:
     for name in ("decay_share", "momentum", "beta1", "beta2"):
         need(getattr(cfg, name) < 1, name, "must be below 1")
     need(cfg.n_embd % cfg.n_head == 0, "n_embd", f"must be a multiple of --n_head {cfg.n_head}")
+    whole = "has a matrix' scaling whole in each process: muon or adamw go with --shard"
+    need(not (cfg.shard and cfg.optimizer == "soap_muon"), "optimizer", whole)
     need(cfg.min_lr <= cfg.max_lr, "min_lr", f"must not be above --max_lr {cfg.max_lr:g}")
     prompt = len(tokenizer.get_tokenizer().encode_ordinary(cfg.sample_prompt))
     need(prompt > 0, "sample_prompt", "must not be empty")

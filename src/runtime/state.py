@@ -55,7 +55,7 @@ def checkpoint_of(run) -> dict:
         "model": weights,
         "optimizer": optimizer,
         "step": run.state.step,
-        "config": dataclasses.asdict(run.cfg),
+        "config": dataclasses.asdict(run.cfg) | run.config_to_save,
         "asked": sorted(run.flags_ever_given),
         "state": dataclasses.asdict(run.state),
         "rng": rng,
@@ -108,7 +108,8 @@ def _restore(run, checkpoint: dict) -> None:
     }
     run.optimizer.load_state_dict(checkpoint["optimizer"] | {"state": moments})
     for group, ours in zip(run.optimizer.param_groups, groups, strict=True):
-        group |= ours | {"lr": group["lr"]}  # flags of this command win over what was saved
+        counted = {name: group[name] for name in ("lr", "updates") if name in group}
+        group |= ours | counted  # flags of this command win over what was saved
     device = run.dist.device
     run.loss_scale.scale, run.loss_scale.good_steps = (
         t.to(device, copy=True) for t in checkpoint["loss_scale"]

@@ -13,10 +13,12 @@ PROGRAM = 850_000_000 if torch.version.cuda else 500_000_000
 
 
 def state_bytes(model, optimizer: str) -> int:
-    """Return the bytes of weights and moments: two moments, but one for matrices in Muon's care."""
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
-    one_moment = sum(p.numel() for p in matrices) if optimizer == "muon" else 0
-    return 12 * model.num_params() - 4 * one_moment
+    """Return the bytes of weights and moments: of the blocks' matrices Muon keeps one moment, and
+    SOAP two and, on their shorter sides (always C), two squares each, which is 1 more."""
+    hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() >= 2)
+    return (
+        12 * model.num_params() + 4 * {"adamw": 0, "muon": -1, "soap_muon": 1}[optimizer] * hidden
+    )
 
 
 def training_bytes(

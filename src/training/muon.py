@@ -76,6 +76,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
         keep = 1.0 if self.found_inf is None else (self.found_inf == 0).float()
         matrices = [(p, g) for g in self.param_groups if "parts" in g for p in g["params"]]
+        for p, group in matrices:
+            self._observe(p, group)
         if self._sharded(matrices):  # alike beside each other: each process takes one of a few
             matrices.sort(key=lambda pg: _cost(*pg))
         for (p, group), update in zip(matrices, self._updates(matrices), strict=True):
@@ -87,12 +89,17 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _updates(self, matrices):
         """Yield the orthogonal update of each (parameter, its group), in its shape."""
+        if self._sharded(matrices):
+            return self._sharded_updates(matrices)
+        updates = self._one_each(matrices, self._update, lambda p, group: p.numel(), self.dtype)
+        return (x.view_as(p) for (p, _), x in zip(matrices, updates, strict=True))
+
+    def _one_each(self, matrices, make, length, dtype):
+        """Yield make(parameter, its group) of each, flat and in `dtype`, made in one process only;
+        length: how many numbers it has, from the same."""
         if self.world_size == 1:
             for p, group in matrices:
-                yield self._orthogonalized(self._direction(p, group), group["parts"])
-            return
-        if self._sharded(matrices):
-            yield from self._sharded_updates(matrices)
+                yield make(p, group).flatten()
             return
         # The costliest first, each to the process that has least: the same plan everywhere.
         load, lengths, places = [0] * self.world_size, [0] * self.world_size, {}
@@ -101,21 +108,18 @@ class MuonAdamW(torch.optim.Optimizer):
             rank = load.index(min(load))
             places[i] = rank, lengths[rank]
             load[rank] += cost[i]
-            lengths[rank] += matrices[i][0].numel()
-        device = matrices[0][0].device
-        mine = torch.zeros(max(lengths), dtype=self.dtype, device=device)
+            lengths[rank] += length(*matrices[i])
+        mine = torch.zeros(max(lengths), dtype=dtype, device=matrices[0][0].device)
         for i, (p, group) in enumerate(matrices):
-            direction = self._direction(p, group)
             rank, start = places[i]
             if rank == self.rank:
-                update = self._orthogonalized(direction, group["parts"])
-                mine[start : start + p.numel()] = update.flatten()
+                mine[start : start + length(p, group)] = make(p, group).flatten()
         everything = mine.new_empty(self.world_size * len(mine))
         _all_gather(everything, mine)
-        for i, (p, _) in enumerate(matrices):
+        for i, (p, group) in enumerate(matrices):
             rank, start = places[i]
             start += rank * len(mine)
-            yield everything[start : start + p.numel()].view_as(p)
+            yield everything[start : start + length(p, group)]
 
     def _sharded_updates(self, matrices):
         """Yield this process's rows of the updates, where each has some rows of each matrix: as
@@ -135,17 +139,27 @@ class MuonAdamW(torch.optim.Optimizer):
     def _sharded(matrices) -> bool:
         return bool(matrices) and local(matrices[0][0]) is not matrices[0][0]
 
-    def _direction(self, p, group):
-        """Update the momentum of a matrix and return what Nesterov's rule makes of it; of a sharded
-        matrix, for the rows in this process."""
-        state, momentum = self.state[p], group["momentum"]
+    def _observe(self, p, group):
+        """Take the gradient of a matrix into its momentum; of a sharded one, the rows here."""
+        state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer, grad = local(state["momentum_buffer"]), local(p.grad)
-        if self.found_inf is not None:  # instead of a bad gradient the mean so far: it stays so
-            grad = torch.where(self.found_inf == 0, grad, buffer)
-        buffer.lerp_(grad, 1 - momentum)
-        return grad.lerp(buffer, momentum)
+        buffer = local(state["momentum_buffer"])
+        buffer.lerp_(self._gradient(p, instead=buffer), 1 - group["momentum"])
+
+    def _gradient(self, p, instead):
+        """Return a matrix' gradient or, where it is bad, what stands in for it."""
+        grad = local(p.grad)
+        return grad if self.found_inf is None else torch.where(self.found_inf == 0, grad, instead)
+
+    def _direction(self, p, group):
+        """Return what Nesterov's rule makes of gradient and momentum; of a sharded matrix, for the
+        rows in this process."""
+        buffer = local(self.state[p]["momentum_buffer"])
+        return self._gradient(p, instead=buffer).lerp(buffer, group["momentum"])
+
+    def _update(self, p, group):
+        return self._orthogonalized(self._direction(p, group), group["parts"])
 
     def _orthogonalized(self, direction, parts: int):
         x = direction.view(parts, -1, direction.size(1))
