@@ -34,9 +34,9 @@ from datetime import datetime
 import numpy as np
 
 from basics.durable import replacing
-from basics.words import count, duration
+from basics.words import count, duration, plain
 from monitoring import charts, serving
-from monitoring.event_files import RunReader, plain
+from monitoring.event_files import RunReader
 from monitoring.runs import WARNING_TAGS, Run, find_runs, read_record
 
 # --- Comparison -----------------------------------------------------------------------------------

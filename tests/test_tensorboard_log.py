@@ -32,6 +32,7 @@ from tensorboard.util import tensor_util
 from conftest import read_scalars
 from monitoring import event_files, tensorboard_log
 from monitoring.event_files import as_code, from_code
+from monitoring.monitor import indented
 from monitoring.tensorboard_log import TensorBoardLog
 
 METRICS = ["Loss/validation", "Loss/validation_best", "Evaluation/hellaswag_accuracy"]
@@ -351,6 +352,10 @@ def test_random_markdown_stays_code():
 def test_harmless_text_is_shown_word_for_word():
     text = 'def f(x):\n    return x  # naïve — "日本"\n\nEnd.'
     assert Page(plugin_util.markdown_to_safe_html(as_code(text))).text.strip("\n") == text
+
+
+def test_no_control_character_of_a_sample_reaches_the_screen():
+    assert indented("a \x00b\x1b[2J\n\tc\n") == "    a �b�[2J\n    \tc"
 
 
 def test_long_lines_are_wrapped_for_the_page_and_whole_again_for_a_reader():

@@ -5,6 +5,7 @@ Nothing here raises, whatever the number: it is only shown.
 
 import math
 import os
+import re
 import sys
 
 YEAR = 365.25 * 86400
@@ -63,6 +64,11 @@ def tint(text: str, colour: str, stream=None) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def plain(text: str) -> str:
+    """Replace control characters, whoever wrote them, by �."""
+    return re.sub(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "�", text)
 
 
 def marked(text: str, stream=None) -> str:

@@ -32,6 +32,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
+from basics.words import plain
+
 # --- Records --------------------------------------------------------------------------------------
 
 CRC_TABLE_NUMPY = np.array(CRC_TABLE, np.uint32)
@@ -143,11 +145,6 @@ def next_path(folder: Path) -> Path:
 # --- Text -----------------------------------------------------------------------------------------
 
 WRAP = 72  # columns; TensorBoard shows a code block unwrapped, and a phone has room for 74
-
-
-def plain(text: str) -> str:
-    """Replace control characters, whoever wrote them, by �."""
-    return re.sub(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "�", text)
 
 
 def as_code(text: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from basics import words
-from basics.words import marked
+from basics.words import marked, plain
 from checkpointing import run_folders
 from monitoring import energy, health, jsonl_log, notify, summary
 from training import sharding
@@ -41,6 +41,12 @@ def checkpoint_due(state, cfg) -> bool:
     at_the_end_at_least = cfg.checkpoint_freq or cfg.max_steps
     regular = state.step > 0 and due(at_the_end_at_least, state, cfg)
     return regular or state.step == last_stable_step(cfg)
+
+
+def indented(sample: str) -> str:
+    """Return what a model wrote, for a screen and a log file: it knows all control characters, and
+    with one of them in it grep takes the file for binary."""
+    return "\n".join(f"    {line}" for line in plain(sample).splitlines())
 
 
 class NoLog:
@@ -317,8 +323,7 @@ class Monitor:
             self.say(f"step {state.step:>5}: {', '.join(line)} ({seconds:.1f} s)")
         self.print_and_log_warnings(warnings, state.step)
         for text in texts:
-            indented = "\n".join(f"    {line}" for line in text.splitlines())
-            self.say(f"step {state.step:>5} sample:\n{indented}")
+            self.say(f"step {state.step:>5} sample:\n{indented(text)}")
         if texts:
             self.tensorboard.text("Generated_Samples/text", "\n\n---\n\n".join(texts), state.step)
 

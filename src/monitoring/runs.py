@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from basics.words import plain
 from checkpointing.run_folders import list_checkpoints
-from monitoring.event_files import RunReader, from_code, plain
+from monitoring.event_files import RunReader, from_code
 
 # What a chart shows, and the tags that have it: ours, then Hugging Face Trainer's, torchtitan's,
 # Megatron-LM's and the usual ones in Lightning.
