@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, environment, run, start
 from test_faults import no_traceback_of_ours, saved_steps, workers_of
 from test_training import assert_same_training, checkpoint, logged, wait_for_step
+from training.chunked_loss import chunked_cross_entropy
 
 BENCHMARK = ROOT / "benchmarks" / "gpu.py"
 GPUS = torch.cuda.device_count()
@@ -62,6 +63,20 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, data, more):
     options = {"script": BENCHMARK, "before": ["--watch_waits"], "small": False}
     out, _ = run(*FLAGS, 8, "--no-compile", *more, cwd=tmp_path, data=data, **options)
     assert "finished at step 8" in out and not re.findall("^WAIT .*", out, re.M)
+
+
+@gpu()
+def test_the_compiled_loss_has_the_logits_of_one_chunk_at_a_time():
+    x = torch.randn(8 * 4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(50_257, 64, device="cuda", requires_grad=True)
+    y = torch.zeros(len(x), dtype=torch.long, device="cuda")
+    compiled, peak = torch.compile(chunked_cross_entropy), 0
+    for _ in range(2):  # the first compiles
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        compiled(x, w, y).backward()
+        peak = torch.cuda.max_memory_allocated() - held
+    assert peak < 1.5 * 2 * 4096 * 50_304
 
 
 @gpu()

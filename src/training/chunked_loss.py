@@ -57,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NC, w_VC, y_N):
         w, rows = padded(w_VC, x_NC.dtype), chunk_rows(x_NC.device)
-        grad_w, grad_x = None, []
+        grad_w, grad_x, sums = None, [], []
         loss = torch.zeros((), dtype=torch.float32, device=w.device)
         eager = not torch.compiler.is_compiling()
         buffer = _buffer(x_NC, rows) if eager else None
@@ -68,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _gradient_in_place(logits[:, :VOCAB_SIZE], y, loss)
             else:
                 logits, sum_of_losses = _gradient_that_fuses(x @ w.T, x, w, y)
-                loss += sum_of_losses
+                sums.append(sum_of_losses)
             grad_x.append(logits @ w)
             if grad_w is None:
                 grad_w = (logits.T @ x).float()
@@ -76,6 +76,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _add_product(grad_w, logits, x)
         ctx.save_for_backward(torch.cat(grad_x), grad_w)
         ctx.num_tokens = len(y_N)
+        # A compiler that may add on the way fuses the sums of all chunks, comes to them first, and
+        # so has the logits of all chunks at a time (read in Triton code, LAB_NOTES.md).
+        loss = torch.stack(sums).sum() if sums else loss
         return loss / ctx.num_tokens
 
     @staticmethod
