@@ -15,8 +15,6 @@ from basics import durable
 from checkpointing import files, run_folders
 from tokens import shards, tokenizer
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
-signal.signal(signal.SIGINT, signal.default_int_handler)  # or in the background of a script
 torch.set_num_threads(1)  # threads of several test processes wait for each other: 14 times slower
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "src" / "train_improved.py"
@@ -26,6 +24,12 @@ SMALL = (
     "--device cpu --max_lr 1e-2 --val_tokens 512 --sample_tokens 4 --num_samples 1"
 ).split()
 CACHE = tempfile.mkdtemp()  # nothing that another run remembers, nothing left in the user's
+
+
+def pytest_configure():
+    """Have programs begin with the usual signals. Not on import: tests/faulty.py imports this."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or in the background of a script
 
 
 def environment() -> dict:
