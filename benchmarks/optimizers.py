@@ -204,8 +204,7 @@ class Tried(muon.MuonAdamW):
                 least = 0.013 * p.norm(dim=1, keepdim=True)
                 update = update * (least / moved.clamp(min=1e-12)).clamp(min=1.0)
             if "cautious" in ON:
-                keep = 1.0 if self.found_inf is None else (self.found_inf == 0).float()
-                p.mul_(1 - keep * group["lr"] * group["cautious_decay"] * (update * p > 0))
+                p.mul_(1 - self._keep() * group["lr"] * group["cautious_decay"] * (update * p > 0))
             yield update
 
 

@@ -254,7 +254,8 @@ def headline(run: Run, window: int, now: float) -> str:
     watched = incidents or any(tag in run.curves for tag in WARNING_TAGS)
     saved = run.checkpoint()
     rate, mfu = run.curve("rate"), run.curve("mfu")
-    busy = ", of a peak measured under load" if mfu and np.median(mfu.values[-100:]) > 1 else ""
+    used = np.median(mfu.values[-100:]) if mfu else 0.0
+    busy = ", of a peak measured under load" if used > 1 else ""
     hours, kwh = run.curves.get("Performance/device_hours"), run.curves.get("Performance/kwh")
     device, several = run.record.get("device"), run.record.get("world_size")
     device = f"{several} × {device}" if several not in (None, 1) else device
@@ -268,7 +269,7 @@ def headline(run: Run, window: int, now: float) -> str:
         ("trained", run.last_step and duration(float(run.clock[1][-1])),
          "" if run.tokens is None else f"{count(run.tokens)} tokens"),
         ("tokens per second", rate and f"{np.median(rate.values[-100:]):,.0f}",
-         f"MFU {np.median(mfu.values[-100:]):.1%}{busy}" if mfu else ""),
+         f"MFU {used:.1%}{busy}" if mfu else ""),
         ("HellaSwag", number(run.last("hellaswag")), "chance is 0.25"),
         ("cost, device-hours", hours and f"{hours.values[-1]:.3g}",
          f"{kwh.values[-1]:.3g} kWh" if kwh else ""),

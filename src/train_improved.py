@@ -473,7 +473,7 @@ class Run:
     restarted: bool = False  # by torchrun, after an earlier attempt
     resumes_own_name: bool = False  # the checkpoint is of a run of this name: one timeline
     checkpoint_folder: Path | None = None
-    config_to_save: dict = dataclasses.field(default_factory=dict)  # where cfg is of a shortage
+    config_to_save: dict = dataclasses.field(default_factory=dict)  # where a shortage changed cfg
     locks: list = dataclasses.field(default_factory=list)  # held as long as the run
     last_micro: bool = False  # of this step: the pass that synchronises gradients
 

@@ -35,7 +35,9 @@ def test_a_few_random_kills(tmp_path, optimizer):
 
 
 def test_a_few_random_kills_with_2_processes(tmp_path):
-    kills(tmp_path, "--kills", "2", "--chain", "2", "--steps", "60", "--processes", "2")
+    """Of the optimizer that the processes share out most of, and which counts its updates."""
+    more = ["--processes", "2", "--flags=--optimizer soap_muon"]
+    kills(tmp_path, "--kills", "2", "--chain", "2", "--steps", "60", *more)
 
 
 def test_a_few_random_kills_on_a_small_disk(tmp_path):

@@ -348,11 +348,12 @@ def check_length(run, sample_dir: str) -> None:
         )
     elsewhere = run.resumed_from is not None and not run.resumes_own_name
     if elsewhere and cfg.max_steps == step and not evaluation_due(run.state, cfg):
-        problem = (
+        raise inputs.wrong(
+            "run_name",
+            cfg.run_name,
             f"{run.resumed_from} is the last step of its run, {step}, so nothing is left to do; "
+            f"--max_steps {2 * step} trains it longer under this name",
         )
-        problem += f"--max_steps {2 * step} trains it longer under this name"
-        raise inputs.wrong("run_name", cfg.run_name, problem)
     epochs = cfg.max_steps * cfg.total_batch_size / run.train_data.num_tokens
     asked = [n for n in ("max_steps", "epochs", "total_batch_size") if n in run.flags_ever_given]
     small = cfg.data_dir == sample_dir and "data_dir" not in run.flags_ever_given

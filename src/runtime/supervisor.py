@@ -62,8 +62,9 @@ def begin() -> None:
     A thread hears of signals: the main thread may be in C++ for long, in a backward pass or waiting
     for another process that never comes, where Python runs no handler.
     """
-    for number in (*_honoured(), signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: None)
+    for number in (*STOP_SIGNALS, signal.SIGUSR1):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
+            signal.signal(number, lambda number, frame: None)
     heard, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
@@ -78,12 +79,6 @@ def _hear(pipe: int) -> None:
             _at_work.take(number)
         elif number in STOP_SIGNALS:
             os._exit(128 + number)
-
-
-def _honoured() -> list[signal.Signals]:
-    """Return the signals that stop a run: SIGHUP only where it is not ignored, as by nohup."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
 
 
 def end(code: int) -> NoReturn:

@@ -16,9 +16,8 @@ def state_bytes(model, optimizer: str) -> int:
     """Return the bytes of weights and moments: of the blocks' matrices Muon keeps one moment, and
     SOAP two and, on their shorter sides (always C), two squares each, which is 1 more."""
     hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() >= 2)
-    return (
-        12 * model.num_params() + 4 * {"adamw": 0, "muon": -1, "soap_muon": 1}[optimizer] * hidden
-    )
+    more = {"adamw": 0, "muon": -1, "soap_muon": 1}[optimizer]
+    return 12 * model.num_params() + 4 * more * hidden
 
 
 def training_bytes(

@@ -74,8 +74,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw.state, self.adamw.found_inf = self.state, self.found_inf
         self.adamw.step()
 
-        keep = 1.0 if self.found_inf is None else (self.found_inf == 0).float()
-        matrices = [(p, g) for g in self.param_groups if "parts" in g for p in g["params"]]
+        keep, matrices = self._keep(), self._matrices()
         for p, group in matrices:
             self._observe(p, group)
         if self._sharded(matrices):  # alike beside each other: each process takes one of a few
@@ -87,19 +86,26 @@ class MuonAdamW(torch.optim.Optimizer):
             # Root mean square 0.2 of the rate, about that of AdamW's updates.
             p.add_(update * keep, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
+    def _keep(self):
+        """Return 1, or 0 where the update is skipped, on the device."""
+        return 1.0 if self.found_inf is None else (self.found_inf == 0).float()
+
+    def _matrices(self) -> list:
+        """Return (parameter, its group) of all that Muon has."""
+        return [(p, g) for g in self.param_groups if "parts" in g for p in g["params"]]
+
     def _updates(self, matrices):
-        """Yield the orthogonal update of each (parameter, its group), in its shape."""
+        """Return an iterator over the orthogonal update of each (parameter, its group)."""
         if self._sharded(matrices):
             return self._sharded_updates(matrices)
-        updates = self._one_each(matrices, self._update, lambda p, group: p.numel(), self.dtype)
-        return (x.view_as(p) for (p, _), x in zip(matrices, updates, strict=True))
+        return self._one_each(matrices, self._update, [p for p, _ in matrices], self.dtype)
 
-    def _one_each(self, matrices, make, length, dtype):
-        """Yield make(parameter, its group) of each, flat and in `dtype`, made in one process only;
-        length: how many numbers it has, from the same."""
+    def _one_each(self, matrices, make, likes, dtype):
+        """Yield make(parameter, its group) of each, made in one process only; likes: tensors of
+        the shapes that come out."""
         if self.world_size == 1:
             for p, group in matrices:
-                yield make(p, group).flatten()
+                yield make(p, group)
             return
         # The costliest first, each to the process that has least: the same plan everywhere.
         load, lengths, places = [0] * self.world_size, [0] * self.world_size, {}
@@ -108,18 +114,18 @@ class MuonAdamW(torch.optim.Optimizer):
             rank = load.index(min(load))
             places[i] = rank, lengths[rank]
             load[rank] += cost[i]
-            lengths[rank] += length(*matrices[i])
+            lengths[rank] += likes[i].numel()
         mine = torch.zeros(max(lengths), dtype=dtype, device=matrices[0][0].device)
         for i, (p, group) in enumerate(matrices):
             rank, start = places[i]
             if rank == self.rank:
-                mine[start : start + length(p, group)] = make(p, group).flatten()
+                mine[start : start + likes[i].numel()] = make(p, group).flatten()
         everything = mine.new_empty(self.world_size * len(mine))
         _all_gather(everything, mine)
-        for i, (p, group) in enumerate(matrices):
+        for i, like in enumerate(likes):
             rank, start = places[i]
             start += rank * len(mine)
-            yield everything[start : start + length(p, group)]
+            yield everything[start : start + like.numel()].view_as(like)
 
     def _sharded_updates(self, matrices):
         """Yield this process's rows of the updates, where each has some rows of each matrix: as

@@ -4,7 +4,7 @@ SOAP (Vyas et al. 2024, arXiv 2409.11321) is Adam in the basis of Shampoo's eige
 entries of a gradient differ most in size, and dividing each by its root mean square does most good.
 Here it is the momentum that is divided so, turned back and then orthogonalized. Of a matrix' two
 bases only that of its shorter side is used (one-sided, as the paper calls it): that of a
-feed-forward matrix' longer side would take ten times the memory of everything else.
+feed-forward matrix' longer side has 16 times the memory of its shorter one's.
 """
 
 import torch
@@ -38,25 +38,21 @@ class SoapMuonAdamW(MuonAdamW):
         first["updates"] = first.get("updates", 0) + 1  # is saved
         if first["updates"] % RENEWED_EVERY:
             return
-        matrices = [(p, g) for g in self.param_groups if "parts" in g for p in g["params"]]
+        matrices = self._matrices()
         bases = [self.state[p]["basis"] for p, _ in matrices]
-        renewed = self._one_each(
-            matrices, self._renewed, lambda p, _: self.state[p]["basis"].numel(), torch.float32
-        )
+        renewed = self._one_each(matrices, self._renewed, bases, torch.float32)
         for basis, new in zip(bases, renewed, strict=True):
-            basis.copy_(new.view_as(basis))
+            basis.copy_(new)
 
     def _observe(self, p, group):
         super()._observe(p, group)
         state, parts = self.state[p], group["parts"]
-        G = with_short_rows(self._gradient(p, instead=torch.zeros_like(p)), parts)
+        G = with_short_rows(self._gradient(p, instead=0.0), parts)
         if "basis" not in state:
             state["basis"] = torch.eye(G.size(2), device=p.device).repeat(parts, 1, 1)
             state["covariance"] = torch.zeros_like(state["basis"])
             state["square"] = torch.zeros(G.shape, device=p.device)
-        weight = torch.full((), 1 - BETA, device=p.device)
-        if self.found_inf is not None:
-            weight = weight * (self.found_inf == 0)
+        weight = (1 - BETA) * self._keep()
         state["covariance"].lerp_(G.mT @ G, weight)
         state["square"].lerp_((G @ state["basis"]).square(), weight)
 
