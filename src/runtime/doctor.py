@@ -84,6 +84,8 @@ def examine(program: Program, outside: notify.Outside = notify.NOBODY) -> int:
         planning.check_unused(run)
     except (ValueError, OSError) as error:
         report.problem("plan", str(error))
+        with contextlib.suppress(ValueError):  # the machine's lines are of the run's device anyway
+            device = machine.choose_device(cfg.device)
     check_devices(report, device)
     check_products(report, device, run and run.dtype)
     check_compiler(report, device, cfg.compile)

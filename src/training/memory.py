@@ -39,7 +39,7 @@ def training_bytes(
     activations *= tokens * model.n_embd
     # A chunk of logits, and on a GPU twice in float32; the output matrix, and its gradient so far.
     on_cpu = (device or model.lm_head.weight.device).type == "cpu"
-    in_float32 = 0 if on_cpu else (8 if low else 4)
+    in_float32 = 0 if on_cpu else 8
     loss = min(rows, tokens) * PADDED_VOCAB * (dtype.itemsize + in_float32)
     loss += PADDED_VOCAB * model.n_embd * (dtype.itemsize + (4 if tokens > rows else 0))
     state = state_bytes(model, optimizer)
