@@ -59,10 +59,12 @@ def test_a_resume_is_exact_with_deterministic_algorithms(tmp_path, data, monkeyp
 
 
 @gpu()
-@pytest.mark.parametrize("more", ["", "--optimizer muon", "--optimizer soap_muon", "--dtype float16"])
-def test_a_step_does_not_wait_for_the_device(tmp_path, data, more):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "soap_muon"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_step_does_not_wait_for_the_device(tmp_path, data, optimizer, dtype):
     options = {"script": BENCHMARK, "before": ["--watch_waits"], "small": False}
-    flags = [*FLAGS, 12, "--no-compile", *more.split()]  # SOAP's bases are renewed at step 10
+    flags = [*FLAGS, 12, "--no-compile"]  # SOAP's bases are renewed at step 10
+    flags += ["--optimizer", optimizer, "--dtype", dtype]
     out, _ = run(*flags, cwd=tmp_path, data=data, **options)
     assert "finished at step 12" in out and not re.findall("^WAIT .*", out, re.M)
 
@@ -96,6 +98,13 @@ def test_the_micro_batch_that_is_found_trains(tmp_path, data):
     flags = [flag for flag in FLAGS if flag not in ("--micro_batch_size", "8")]
     out, _ = run(*flags, 4, cwd=tmp_path, data=data, small=False)
     assert "finished at step 4" in out and "out of memory" not in out
+
+
+@gpu()
+def test_the_doctor_looks_at_the_gpu_whatever_else_is_wrong(tmp_path):
+    flags = "--doctor --data_dir none --no-compile".split()
+    out, _ = run(*flags, cwd=tmp_path, small=False, expect=2)
+    assert "TF32" in out and "the run uses the CPU" not in out
 
 
 @gpu()
