@@ -215,3 +215,12 @@ def test_compile_trouble_falls_back_or_is_an_error(monkeypatch, capsys):
 
 def test_the_pinned_pytorch_is_the_one_of_the_requirements():
     assert f"torch=={summary.PINNED_TORCH}\n" in (ROOT / "requirements.txt").read_text()
+
+
+def test_the_plan_says_what_is_off_or_changes_nothing(tmp_path, data):
+    out, _ = run(
+        *"--dry_run --shard --eval_freq 0 --sample_freq 0 --max_steps 9".split(),
+        cwd=tmp_path,
+        data=data,
+    )
+    assert "evaluation off" in out and "samples off" in out and "--shard changes nothing" in out

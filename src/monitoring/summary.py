@@ -69,9 +69,11 @@ def plan(run) -> str:
         f"about {memory / 1e9:.1f} GB of memory per process"
         + (f" and {file_bytes / 1e9:.1f} GB for the copy that is saved" if on_cpu else "")
         + (f" ({step_memory.of_run(run, not cfg.shard) / 1e9:.1f} GB " if several else "")
-        + (f"{'without' if cfg.shard else 'with'} --shard)" if several else ""),
-        "every": f"evaluation {cfg.eval_freq}, HellaSwag "
-        f"{cfg.hellaswag_freq if run.hellaswag_items else 'off'}, samples {cfg.sample_freq}, "
+        + (f"{'without' if cfg.shard else 'with'} --shard)" if several else "")
+        + ("; --shard changes nothing, one process has all" if cfg.shard and not several else ""),
+        "every": f"evaluation {cfg.eval_freq or 'off'}, HellaSwag "
+        f"{cfg.hellaswag_freq if run.hellaswag_items else 'off'}, "
+        f"samples {cfg.sample_freq or 'off'}, "
         f"histograms {cfg.histogram_freq if cfg.use_tensorboard else 'off'}, checkpoints "
         f"{cfg.checkpoint_freq or 'at the end only'} (steps)",
         "output": f"{Path(cfg.checkpoint_dir, cfg.run_name)} (up to {files} files of "
