@@ -198,8 +198,10 @@ class Bench:
                 stdout=subprocess.PIPE,
             )
             other.stdout.readline()
-            cache = str(self.folder / f"cache{share}")
-            result = self.train(*QUIET.split(), steps=3, XDG_CACHE_HOME=cache)
+            cache, flags = str(self.folder / f"cache{share}"), QUIET.split()
+            if not self.args.quick:
+                flags += ["--total_batch_size", "131072"]  # as much as a pass may have, twice
+            result = self.train(*flags, steps=3, XDG_CACHE_HOME=cache)
             other.communicate(b"\n")
             batch = re.search(r"micro-batch\(es\) x (\d+) sequences", result["out"])
             found[str(share)] = self.brief(result) | {"sequences": batch and int(batch[1])}

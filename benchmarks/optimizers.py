@@ -58,6 +58,7 @@ DOCUMENTS = {
     "apart": "training as it is; documents by themselves in the validation, as in those below",
     "masked": "attention does not cross the border of a document",
     "restarted": "nor do positions: they begin at 0 in each document",
+    "packed": "as restarted, but validated as any text is, window after window",
     "starts": "each window begins where a document does, what is left of a long one is not read",
 }
 EXPERIMENTS |= DOCUMENTS
@@ -89,12 +90,12 @@ plain_features = ti.GPT.features
 def features(self, idx, positions=None, mask=None, cache=None):
     """As GPT.features, with documents apart: in training by the experiment, always without it."""
     training = torch.is_grad_enabled()
-    apart = ON & {"masked", "restarted"} if training else ON & set(DOCUMENTS)
+    apart = ON & ({"masked", "restarted", "packed"} if training else {*DOCUMENTS} - {"packed"})
     if apart and mask is None and cache is None:
         begins, at = idx == ti.VOCAB_SIZE - 1, torch.arange(idx.size(1), device=idx.device)
         document = begins.cumsum(1)[:, None]
         mask = (document[..., None] == document[..., None, :]) & (at[:, None] >= at)
-        if not training or "restarted" in ON:
+        if not training or ON & {"restarted", "packed"}:
             positions = at - torch.where(begins, at, 0).cummax(1).values
     return plain_features(self, idx, positions, mask, cache)
 

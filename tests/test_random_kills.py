@@ -31,13 +31,13 @@ def kills(tmp_path, *flags) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_few_random_kills(tmp_path, optimizer):
     more = [f"--flags=--optimizer {optimizer}"] if optimizer else []
-    kills(tmp_path, "--kills", "4", "--chain", "4", "--steps", "80", *more)
+    kills(tmp_path, "--kills", "2", "--chain", "2", "--steps", "80", *more)
 
 
 def test_a_few_random_kills_with_2_processes(tmp_path):
     """Of the optimizer that the processes share out most of, and which counts its updates."""
     more = ["--processes", "2", "--flags=--optimizer soap_muon"]
-    kills(tmp_path, "--kills", "2", "--chain", "2", "--steps", "60", *more)
+    kills(tmp_path, "--kills", "1", "--chain", "1", "--steps", "60", *more)
 
 
 def test_a_few_random_kills_on_a_small_disk(tmp_path):
@@ -45,4 +45,4 @@ def test_a_few_random_kills_on_a_small_disk(tmp_path):
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("needs the right to mount a tmpfs")
     subprocess.run(["umount", str(tmp_path)], check=True)
-    kills(tmp_path, "--kills", "3", "--chain", "3", "--steps", "80", "--disk_mb", "9")
+    kills(tmp_path, "--kills", "2", "--chain", "2", "--steps", "80", "--disk_mb", "9")
